@@ -1,0 +1,1 @@
+"""Save, commit, load, export. The manager knows folders, the engine knows tensors."""

@@ -1,0 +1,1 @@
+"""Text to tokens to rows. No torch at import."""

@@ -1,0 +1,1 @@
+"""Carry a plan to the ranks. Never imports train."""

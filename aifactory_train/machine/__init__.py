@@ -1,0 +1,1 @@
+"""What the user has: facts about a machine, each with its source."""

@@ -1,0 +1,1 @@
+"""Names, meter and sinks of what is measured while training."""

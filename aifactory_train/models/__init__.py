@@ -1,0 +1,1 @@
+"""Models as parts that the parallel axes and engines work on."""

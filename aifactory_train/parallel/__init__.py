@@ -1,0 +1,1 @@
+"""One file per parallel axis, and apply.py with their one order."""

@@ -1,0 +1,1 @@
+"""Where recipe and machine meet: layout, memory, time. Runs without torch."""

@@ -1,0 +1,229 @@
+"""The recipe: every choice a user can make, in strict models. No I/O, no torch.
+
+Unit in every field name. `auto` means: the plan decides, and the plan shows what it became.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+Auto = Literal["auto"]
+
+
+def _whole(value: Any) -> Any:
+    """1e9 is a whole number of tokens, although YAML reads it as a float."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value
+
+
+Count = Annotated[int, BeforeValidator(_whole), Field(gt=0)]
+CountOrZero = Annotated[int, BeforeValidator(_whole), Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class RopeScaling(Strict):
+    """Llama 3 frequency scaling (Llama 3.1 model card, `rope_type: llama3`)."""
+
+    factor: Positive
+    low_freq_factor: Positive
+    high_freq_factor: Positive
+    original_max_seq_len_tokens: Count
+
+
+class Model(Strict):
+    """A decoder. Field names follow `transformers` where it has one; see configs/models/."""
+
+    family: Literal["llama", "mistral", "qwen3"]
+    vocab_size: Count
+    hidden_size: Count
+    ffn_size: Count
+    n_layers: Count
+    n_heads: Count
+    n_kv_heads: Count
+    head_size: Count
+    max_seq_len_tokens: Count
+    rope_theta: Positive
+    rope_scaling: RopeScaling | None = None
+    norm_eps: Positive
+    tied_embeddings: bool
+    init_std: Positive = 0.02
+    init_from: str | None = None
+
+    @property
+    def qk_norm(self) -> bool:
+        """RMSNorm on each head of q and k before RoPE."""
+        return self.family == "qwen3"
+
+    @model_validator(mode="after")
+    def _shapes(self) -> Model:
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"n_heads {self.n_heads} is not divisible by n_kv_heads {self.n_kv_heads}")
+        if self.head_size % 2:
+            raise ValueError(f"head_size {self.head_size} is odd, RoPE rotates pairs; take an even one")
+        return self
+
+
+class Source(Strict):
+    """One text source: local files, a hub dataset, or Python's own standard library."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
+    path: str | None = None
+    hub: str | None = None
+    hub_config: str | None = None
+    hub_split: str = "train"
+    python_stdlib: bool = False
+    text_key: str = "text"
+    weight: Positive = 1.0
+
+    @model_validator(mode="after")
+    def _one_of(self) -> Source:
+        given = [k for k, v in (("path", self.path), ("hub", self.hub), ("python_stdlib", self.python_stdlib)) if v]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of path, hub, python_stdlib; given: {given or 'none'}")
+        return self
+
+
+class Tokenizer(Strict):
+    """A Hugging Face tokenizer folder, or the size of a byte-level BPE to train on the sources."""
+
+    path: str | None = None
+    train_vocab_size: Count | None = None
+
+    @model_validator(mode="after")
+    def _one_of(self) -> Tokenizer:
+        if (self.path is None) == (self.train_vocab_size is None):
+            raise ValueError("give exactly one of path, train_vocab_size")
+        return self
+
+
+class Data(Strict):
+    sources: Annotated[list[Source], Field(min_length=1)]
+    tokenizer: Tokenizer
+    prepared_dir: str
+    seq_len_tokens: Count
+    document_mask: bool = True
+    workers: Count | Auto = "auto"
+
+    @model_validator(mode="after")
+    def _names(self) -> Data:
+        names = [s.name for s in self.sources]
+        if len(set(names)) != len(names):
+            raise ValueError(f"source names must differ; given: {names}")
+        return self
+
+
+class Train(Strict):
+    seed: CountOrZero = 0
+    budget_tokens: Count
+    global_batch_tokens: Count
+    micro_batch_rows: Count | Auto = "auto"
+    precision: Literal["fp32", "bf16"] | Auto = "auto"
+    compile: bool = False
+
+
+class Optim(Strict):
+    """AdamW everywhere, or Muon on the matrices of the blocks and AdamW on the rest."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    lr: Positive
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.95
+    eps: Positive = 1e-8
+    grad_clip_norm: Positive = 1.0
+    muon_lr: Positive = 0.02
+    muon_momentum: Fraction = 0.95
+
+
+class Schedule(Strict):
+    """Learning rate over tokens. `decay_tokens` is the last stretch of warm-up, stable, decay (wsd)."""
+
+    shape: Literal["cosine", "wsd", "linear"] = "cosine"
+    warmup_tokens: CountOrZero = 0
+    decay_tokens: Count | None = None
+    min_lr_frac: Fraction = 0.1
+
+    @model_validator(mode="after")
+    def _decay(self) -> Schedule:
+        if (self.shape == "wsd") != (self.decay_tokens is not None):
+            raise ValueError(f"decay_tokens belongs to shape wsd and wsd needs it; shape is {self.shape}")
+        return self
+
+
+class Layout(Strict):
+    """Degrees of the parallel axes and what FSDP keeps gathered."""
+
+    dp_shard: Count | Auto = "auto"
+    reshard_after_forward: bool | Auto = "auto"
+
+
+class Checkpoint(Strict):
+    every_steps: Count
+    keep: Count = 2
+    asynchronous: bool = True
+
+
+class Metrics(Strict):
+    log_every_steps: Count = 10
+    wandb: Literal["off", "offline", "online"] = "off"
+    wandb_project: str = "aifactory-train"
+
+
+class Recipe(Strict):
+    name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
+    model: Model
+    data: Data
+    train: Train
+    optim: Optim
+    schedule: Schedule = Schedule()
+    layout: Layout = Layout()
+    checkpoint: Checkpoint
+    metrics: Metrics = Metrics()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Recipe:
+        seq, most = self.data.seq_len_tokens, self.model.max_seq_len_tokens
+        faults = []
+        if seq > most:
+            faults.append(f"data.seq_len_tokens {seq} is longer than model.max_seq_len_tokens {most}")
+        if self.train.global_batch_tokens % seq:
+            faults.append(
+                f"train.global_batch_tokens {self.train.global_batch_tokens} is not divisible by "
+                f"data.seq_len_tokens {seq}; nearest: {max(1, round(self.train.global_batch_tokens / seq)) * seq}"
+            )
+        wanted = self.data.tokenizer.train_vocab_size
+        if wanted is not None and wanted > self.model.vocab_size:
+            faults.append(
+                f"data.tokenizer.train_vocab_size {wanted} is larger than model.vocab_size {self.model.vocab_size}"
+            )
+        ramps = self.schedule.warmup_tokens + (self.schedule.decay_tokens or 0)
+        if ramps > self.train.budget_tokens:
+            faults.append(f"schedule.warmup_tokens + decay_tokens = {ramps} exceed train.budget_tokens")
+        if faults:
+            raise ValueError("; ".join(faults))
+        return self
+
+    @property
+    def global_batch_rows(self) -> int:
+        return self.train.global_batch_tokens // self.data.seq_len_tokens
+
+    @property
+    def n_steps(self) -> int:
+        """Optimizer steps to the token budget; the last one may pass it by less than a batch."""
+        return -(-self.train.budget_tokens // self.train.global_batch_tokens)
+
+
+def fingerprint(model: BaseModel) -> str:
+    """sha256 of the canonical JSON of any of our models."""
+    text = json.dumps(model.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""What happened: the result record and the report."""

@@ -1,0 +1,101 @@
+"""The run folder: every file name that two stages share, and how files are written.
+
+    RUN/
+      recipe.yaml            the resolved recipe; a second launch must bring the same
+      plan.json              all that training reads
+      attempts/001/          one folder per launch: command, log of the ranks
+      metrics.jsonl          one JSON object per log line, appended by rank 0
+      events.jsonl           starts, resumes, commits, stops, faults
+      checkpoints/step-N/    sharded state; exists only when it holds COMMIT
+      export/                Hugging Face folder of the newest commit
+      result.json            predicted beside measured
+      report.html
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+
+class RunDir:
+    """Paths below one run folder. Makes nothing until asked to write."""
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root).absolute()
+        self.recipe = self.root / "recipe.yaml"
+        self.plan = self.root / "plan.json"
+        self.attempts = self.root / "attempts"
+        self.metrics = self.root / "metrics.jsonl"
+        self.events = self.root / "events.jsonl"
+        self.checkpoints = self.root / "checkpoints"
+        self.export = self.root / "export"
+        self.result = self.root / "result.json"
+        self.report = self.root / "report.html"
+
+    def attempt(self, number: int) -> Path:
+        return self.attempts / f"{number:03d}"
+
+    def last_attempt(self) -> int:
+        """Number of the newest attempt, 0 before the first."""
+        if not self.attempts.is_dir():
+            return 0
+        return max((int(p.name) for p in self.attempts.iterdir() if p.name.isdigit()), default=0)
+
+
+def write_atomic(path: Path, data: str | bytes) -> None:
+    """Write so that a reader sees the old file or the whole new one, also after a power cut."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(tmp, "wb") as f:
+            f.write(data.encode() if isinstance(data, str) else data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(tmp, path)
+    finally:
+        tmp.unlink(missing_ok=True)
+    fsync_folder(path.parent)
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make a rename inside `folder` durable."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def append_jsonl(path: Path, row: dict[str, Any]) -> None:
+    """Append one line; a line that a kill cut short before it is closed off, not continued."""
+    line = json.dumps(row, allow_nan=False) + "\n"
+    with open(path, "ab+") as f:
+        if f.tell() > 0:
+            f.seek(-1, os.SEEK_END)
+            if f.read(1) != b"\n":
+                line = "\n" + line
+        f.write(line.encode())
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """All whole lines; a line cut short by a kill is passed over."""
+    rows: list[dict[str, Any]] = []
+    if not path.exists():
+        return rows
+    for line in path.read_text(errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows
+
+
+def log_event(run: RunDir, kind: str, **fields: Any) -> None:
+    """Append to events.jsonl. `time_s` is seconds since the epoch."""
+    append_jsonl(run.events, {"time_s": round(time.time(), 3), "event": kind, **fields})

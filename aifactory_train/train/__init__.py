@@ -1,0 +1,1 @@
+"""Ranks, engine and loop: everything right of the queue."""

@@ -1,0 +1,57 @@
+"""Print quantities with their units. Nothing else in the project formats numbers with units.
+
+Inside the code every quantity is in a base unit that its name carries (`_bytes`, `_s`, `_flops_per_s`);
+prefixes and percentages exist only in printed text.
+"""
+
+from __future__ import annotations
+
+
+def _scaled(value: float, units: tuple[str, ...], base: float) -> str:
+    size = abs(value)
+    index = 0
+    while index + 1 < len(units) and size >= base:
+        size /= base
+        index += 1
+    number = value / base**index
+    digits = 0 if index == 0 and float(number).is_integer() else 3 - min(2, len(str(int(abs(number)))) - 1) - 1
+    return f"{number:,.{max(digits, 0)}f} {units[index]}".rstrip()
+
+
+def format_bytes(value: float | None) -> str:
+    """1536 -> "1.50 KiB"; None -> "unknown"."""
+    return "unknown" if value is None else _scaled(value, ("B", "KiB", "MiB", "GiB", "TiB", "PiB"), 1024)
+
+
+def format_count(value: float | None) -> str:
+    """31_600_000 -> "31.6 M"."""
+    return "unknown" if value is None else _scaled(value, ("", "k", "M", "G", "T"), 1000)
+
+
+def format_flops_per_s(value: float | None) -> str:
+    """9.89e14 -> "989 TFLOP/s"."""
+    units = ("FLOP/s", "kFLOP/s", "MFLOP/s", "GFLOP/s", "TFLOP/s", "PFLOP/s", "EFLOP/s")
+    return "unknown" if value is None else _scaled(value, units, 1000)
+
+
+def format_rate(value: float | None, what: str) -> str:
+    """1046.2, "tokens" -> "1.05 k tokens/s"."""
+    return "unknown" if value is None else f"{format_count(value)} {what}/s".replace("  ", " ")
+
+
+def format_seconds(value: float | None) -> str:
+    """0.0123 -> "12.3 ms"; 4000 -> "1 h 06 min"."""
+    if value is None:
+        return "unknown"
+    if value < 1:
+        return f"{value * 1e3:.3g} ms"
+    if value < 120:
+        return f"{value:.3g} s"
+    if value < 7200:
+        return f"{int(value // 60)} min {int(value % 60):02d} s"
+    return f"{int(value // 3600)} h {int(value % 3600 // 60):02d} min"
+
+
+def format_fraction(value: float | None) -> str:
+    """0.4132 -> "41.3 %"."""
+    return "unknown" if value is None else f"{value * 100:.1f} %"
