@@ -1,0 +1,97 @@
+# Two commands matter: `make demo` and `make test`. Everything they need is set up in .venv on the first call.
+#
+#   PYTHON=python3.12   the interpreter that .venv is made from (3.11 or newer)
+#   SITE_TORCH=1        use the torch that the machine provides, not the pinned one
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory
+
+PYTHON ?= python3
+SITE_TORCH ?=
+VENV := .venv
+BIN := $(VENV)/bin
+RUN := $(BIN)/aifactory-train
+MACHINE := runs/local-machine.yaml
+DEMO := configs/recipes/demo.yaml
+YARDSTICK := configs/recipes/cpu-yardstick.yaml
+
+# pip speaks one line per package here; its errors go past the filter on stderr.
+PIP_LINES := sed -u -n -E 's/^ *(Collecting|Downloading|Using cached|Building|Installing|Successfully) ?([^ ]*)( \(.*\))?.*/  \1 \2\3/p'
+PIP_INSTALL = $(BIN)/pip install --disable-pip-version-check --no-input --progress-bar off -c $(VENV)/constraints.txt
+title = @printf '\n== %s\n' '$(1)'
+
+.PHONY: help demo test check bench-peers clean
+help:
+	@echo 'make demo         from text to a trained, exported, sampled language model (2 CPU ranks, or the GPU)'
+	@echo 'make test         all tests that need no GPU'
+	@echo 'make check        format, types, house rules, fast tests: under a minute'
+	@echo 'make bench-peers  our tokens/s beside those of transformers.Trainer, measured in turns'
+	@echo 'make clean        remove .venv, builds and caches; runs/ and prepared/ stay'
+
+demo: $(VENV)/.installed $(MACHINE)
+	$(call title,prepare: text to tokens)
+	@$(RUN) prepare $(DEMO)
+	$(call title,plan and launch: 2 MPI ranks train)
+	@$(RUN) launch $(DEMO) --machine $(MACHINE) --cpu-ranks 2 --run runs/demo
+	$(call title,export: a Hugging Face folder)
+	@$(RUN) export runs/demo
+	$(call title,report)
+	@$(RUN) report runs/demo
+	$(call title,sample: plain transformers reads the export)
+	@$(RUN) sample runs/demo --prompt "def "
+
+$(MACHINE): | $(VENV)/.installed
+	$(call title,probe: what this machine can do)
+	@$(RUN) probe --out $@
+
+test: $(VENV)/.installed-test
+	@$(BIN)/pytest
+
+check: $(VENV)/.installed-test
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check --quiet . || { echo 'do: $(BIN)/ruff format .'; exit 1; }
+	@$(BIN)/mypy
+	@$(BIN)/pytest -q tests/test_house.py tests/test_promises.py tests/unit $(wildcard tests/golden)
+
+bench-peers: $(VENV)/.installed-test
+	$(call title,prepare: the text of the yardstick)
+	@$(RUN) prepare $(YARDSTICK)
+	$(call title,compare: ours and transformers.Trainer in turns)
+	@$(BIN)/python benchmarks/peers/compare.py
+
+$(VENV)/bin/python:
+	@command -v $(PYTHON) >/dev/null && $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "aifactory-train needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1 || echo missing)"; \
+	  echo "  do:    apt-get install python3.11 python3.11-venv   (or: module load Python), then"; \
+	  echo "         make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; } >&2
+	@echo '== set up $(VENV) (once)'
+	@$(PYTHON) -m venv $(if $(SITE_TORCH),--system-site-packages) $(VENV) || { rm -rf $(VENV); \
+	  echo "$(PYTHON) cannot make a virtual environment"; \
+	  echo "  do:    apt-get install python3-venv   (of the same version as $(PYTHON))"; exit 1; } >&2
+
+$(VENV)/.installed: setup.py constraints.txt | $(VENV)/bin/python
+	@sed '$(if $(SITE_TORCH),/^torch==/d)' constraints.txt > $(VENV)/constraints.txt
+	@echo '== install aifactory-train and what it needs (once; torch is the large one)'
+	@$(PIP_INSTALL) -e . | $(PIP_LINES)
+	@touch $@
+
+$(VENV)/.installed-test: setup.py constraints.txt | $(VENV)/.installed
+	@echo '== install what the tests need (once)'
+	@$(PIP_INSTALL) -e '.[test]' | $(PIP_LINES)
+	@if command -v chromium chromium-browser google-chrome >/dev/null; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  echo '  chromium, for the test that opens the report'; \
+	  apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends chromium \
+	    > $(VENV)/apt.log || echo '  no chromium: apt-get failed (see $(VENV)/apt.log); the browser test will skip and say so'; \
+	else \
+	  echo '  no chromium and no right to install it: the browser test will skip and say so'; \
+	  echo '  do:    apt-get install chromium   (as root), or go on without'; \
+	fi
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find aifactory_train benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	@echo 'runs/ and prepared/ stay; remove them by hand if you want them gone'
