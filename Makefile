@@ -17,8 +17,9 @@ MACHINE := runs/local-machine.yaml
 DEMO := configs/recipes/demo.yaml
 YARDSTICK := configs/recipes/cpu-yardstick.yaml
 
-# pip speaks one line per package here; its errors go past the filter on stderr.
-PIP_LINES := sed -u -n -E 's/^ *(Collecting|Downloading|Using cached|Building|Installing|Successfully) ?([^ ]*)( \(.*\))?.*/  \1 \2\3/p'
+# Of pip's output: one line per download, and the slow last step. Its errors go past the filter, on stderr.
+PIP_LINES := sed -u -n -E -e 's/^ *(Downloading|Using cached) ([^ ]+) (\(.*\)).*/  \2 \3/p' \
+  -e 's/^Installing collected.*/  unpacking (a minute or two)/p' -e 's/^(Successfully installed).*/  done/p'
 PIP_INSTALL = $(BIN)/pip install --disable-pip-version-check --no-input --progress-bar off -c $(VENV)/constraints.txt
 title = @printf '\n== %s\n' '$(1)'
 
