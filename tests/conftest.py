@@ -1,0 +1,28 @@
+"""What all tests share: the order (cheap before dear) and the skip of GPU tests where there is no GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+ORDER = ("test_house.py", "test_promises.py", "unit", "golden", "cpu", "parity", "slurm", "gpu")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+
+    def part(item: pytest.Item) -> str:
+        return item.path.relative_to(here).parts[0]
+
+    items.sort(key=lambda item: ORDER.index(part(item)) if part(item) in ORDER else len(ORDER))
+    needs_gpu = [item for item in items if part(item) == "gpu" or item.get_closest_marker("gpu")]
+    if needs_gpu and not _has_gpu():
+        for item in needs_gpu:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU, torch sees none"))
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
