@@ -9,55 +9,18 @@ import json
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from aifactory_train.errors import PlanError
 from aifactory_train.machine.machine import Machine
-from aifactory_train.recipe.schema import Recipe
+from aifactory_train.plan.contract import Layout, Part, Prediction, Shape
+from aifactory_train.plan.layout import choose_layout, n_devices
+from aifactory_train.plan.memory import estimate_memory_bytes
+from aifactory_train.plan.shape import build_shape
+from aifactory_train.plan.steptime import estimate_step_time_s, total_step_time_s
+from aifactory_train.recipe.schema import Recipe, fingerprint
 
 PLAN_SCHEMA = "aifactory-plan/1"
-
-
-class Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Layout(Part):
-    """Degrees in nesting order, and how one rank's share of the batch is cut.
-
-    global_batch_rows = world_size * accumulation * micro_batch_rows
-    """
-
-    engine: Literal["fsdp2"]
-    world_size: int
-    dp_shard: int
-    micro_batch_rows: int
-    accumulation: int
-    reshard_after_forward: bool
-    precision: Literal["fp32", "bf16"]
-    threads_per_rank: int
-
-
-class Shape(Part):
-    """Counts from the model's shapes alone; plan/shape.py says how each is defined."""
-
-    n_parameters: int
-    n_matmul_parameters: int
-    model_flops_per_token: float
-    flops_convention: Literal["model_causal_v1"] = "model_causal_v1"
-
-
-class Prediction(Part):
-    """Predicted by model: bytes per device by term, seconds per step by term. None where a rate is unknown."""
-
-    memory_bytes: dict[str, int]
-    peak_memory_bytes: int
-    step_time_s: dict[str, float | None]
-    total_step_time_s: float | None
-    tokens_per_s: float | None
-    mfu_frac: float | None
-    run_time_s: float | None
-    device_hours: float | None
 
 
 class Plan(Part):
@@ -86,3 +49,68 @@ def load_plan(path: Path) -> Plan:
         first = error.errors()[0]
         key = ".".join(str(p) for p in first["loc"])
         raise PlanError(f"not a plan of this version: {key}: {first['msg']}", where=str(path), do=do) from None
+
+
+def make_plan(recipe: Recipe, machine: Machine, n_nodes: int = 1, cpu_ranks: int = 1) -> Plan:
+    """Join recipe and machine: layout, counts and predictions.
+
+    Args:
+        n_nodes: nodes of the machine that take part.
+        cpu_ranks: ranks per node on a machine without GPUs; on others there is one rank per device.
+
+    Raises:
+        PlanError: the batch cannot be cut evenly, or nothing fits into the memory.
+    """
+    for name, value in (("n_nodes", n_nodes), ("cpu_ranks", cpu_ranks)):
+        if value < 1:
+            raise PlanError(
+                f"{name} is {value}; at least 1 is needed", where="command line", do=f"give {name} 1 or more"
+            )
+    notes: list[str] = []
+    layout = choose_layout(recipe, machine, n_nodes, cpu_ranks, notes)
+    shape = build_shape(recipe.model, recipe.data.seq_len_tokens)
+    predicted = _predict(recipe, machine, layout, shape, notes)
+    return Plan(
+        recipe=recipe,
+        recipe_hash=fingerprint(recipe),
+        machine=machine,
+        machine_hash=fingerprint(machine),
+        layout=layout,
+        shape=shape,
+        predicted=predicted,
+        notes=notes,
+    )
+
+
+def peak_flops_per_s(plan: Plan) -> float | None:
+    """Peak of all devices of the plan together in its precision: what MFU is a share of. None if not known."""
+    peak = getattr(plan.machine.device.peak_flops_per_s, plan.layout.precision)
+    return None if peak is None else peak * n_devices(plan.machine, plan.layout)
+
+
+def _predict(recipe: Recipe, machine: Machine, layout: Layout, shape: Shape, notes: list[str]) -> Prediction:
+    memory_bytes = estimate_memory_bytes(recipe, machine, layout)
+    terms_s = estimate_step_time_s(recipe, machine, layout)
+    total_s = total_step_time_s(terms_s)
+    unknown = [name for name, seconds in terms_s.items() if seconds is None]
+    if total_s is None:
+        notes.append("the matmul rate is unknown, so no time is predicted; measure with: aifactory-train probe")
+    elif unknown:
+        notes.append(f"the predicted time is a lower bound: no rate is known for {', '.join(unknown)}")
+    tokens_per_s = run_time_s = mfu_frac = None
+    if total_s is not None:
+        tokens_per_s = recipe.train.global_batch_tokens / total_s
+        run_time_s = recipe.n_steps * total_s
+        peak = getattr(machine.device.peak_flops_per_s, layout.precision)
+        if peak is not None:
+            mfu_frac = tokens_per_s * shape.model_flops_per_token / (peak * n_devices(machine, layout))
+    return Prediction(
+        memory_bytes=memory_bytes,
+        peak_memory_bytes=sum(memory_bytes.values()),
+        step_time_s=terms_s,
+        total_step_time_s=total_s,
+        tokens_per_s=tokens_per_s,
+        mfu_frac=mfu_frac,
+        run_time_s=run_time_s,
+        device_hours=None if run_time_s is None else layout.world_size * run_time_s / 3600,
+    )

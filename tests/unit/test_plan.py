@@ -1,0 +1,225 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+from aifactory_train.errors import PlanError
+from aifactory_train.machine.machine import ByDtype, Device, Host, Machine, Measured
+from aifactory_train.plan.explain import explain
+from aifactory_train.plan.memory import FIT_FRAC
+from aifactory_train.plan.plan import Plan, load_plan, make_plan, peak_flops_per_s
+from aifactory_train.recipe.load import load_recipe
+from aifactory_train.strictyaml import configs_dir
+
+GIB = 1024**3
+DEMO = configs_dir() / "recipes" / "demo.yaml"
+LLAMA_8B = configs_dir() / "recipes" / "llama3-8b.yaml"
+
+
+def cpu(memory_bytes=24 * GIB, measured=Measured(), bf16=True, peak=None):
+    device = Device(
+        kind="cpu", name="CPU", per_node=1, memory_bytes=memory_bytes, native_bf16=bf16,
+        peak_flops_per_s=ByDtype(bf16=peak),
+    )  # fmt: skip
+    return Machine(name="local", device=device, host=Host(cores=8, memory_bytes=memory_bytes), measured=measured)
+
+
+def gpus(memory_bytes=80 * GIB, per_node=4, **measured):
+    device = Device(
+        kind="cuda", name="GPU", per_node=per_node, memory_bytes=memory_bytes, native_bf16=True,
+        peak_flops_per_s=ByDtype(bf16=1e15),
+    )  # fmt: skip
+    rates = Measured(matmul_flops_per_s=ByDtype(bf16=6e14), **measured)
+    return Machine(name="gpus", device=device, host=Host(cores=64), measured=rates)
+
+
+def refusal(*args, **kwargs):
+    with pytest.raises(PlanError) as caught:
+        make_plan(*args, **kwargs)
+    return caught.value.render()
+
+
+def test_the_rows_of_a_batch_are_ranks_times_accumulation_times_micro_batch():
+    for ranks in (1, 2, 4, 8):
+        layout = make_plan(load_recipe(DEMO), cpu(), cpu_ranks=ranks).layout
+        assert layout.world_size == layout.dp_shard == ranks
+        assert layout.world_size * layout.accumulation * layout.micro_batch_rows == 16
+        assert layout.threads_per_rank == 8 // ranks
+
+
+def test_more_ranks_than_cores_still_have_a_thread_each():
+    assert make_plan(load_recipe(DEMO), cpu(), cpu_ranks=16).layout.threads_per_rank == 1
+
+
+def test_nodes_multiply_the_ranks():
+    layout = make_plan(load_recipe(DEMO), gpus(), n_nodes=2, cpu_ranks=7).layout
+    assert (layout.world_size, layout.n_nodes, layout.threads_per_rank) == (8, 2, 16)
+
+
+def test_a_plan_reads_back_equal_from_its_file(tmp_path):
+    plan = make_plan(load_recipe(LLAMA_8B), gpus(), n_nodes=128)
+    (tmp_path / "plan.json").write_text(plan.to_json())
+    assert load_plan(tmp_path / "plan.json") == plan
+    json.loads(plan.to_json(), parse_constant=pytest.fail)
+
+
+def test_a_plan_cannot_be_changed():
+    plan = make_plan(load_recipe(DEMO), cpu())
+    with pytest.raises(ValueError, match="frozen"):
+        plan.layout.world_size = 3
+
+
+def test_a_damaged_or_missing_plan_is_refused(tmp_path):
+    plan = make_plan(load_recipe(DEMO), cpu())
+    (tmp_path / "plan.json").write_text(plan.to_json()[:-20])
+    with pytest.raises(PlanError, match="not a plan"):
+        load_plan(tmp_path / "plan.json")
+    with pytest.raises(PlanError, match="cannot read the plan"):
+        load_plan(tmp_path / "gone.json")
+
+
+def test_a_batch_that_ranks_cannot_share_is_refused_with_the_nearest_good_values():
+    text = refusal(load_recipe(DEMO), cpu(), cpu_ranks=3)
+    assert "4096 is 16 rows" in text and f"{15 * 256} or {18 * 256}" in text
+    assert make_plan(load_recipe(DEMO, [f"train.global_batch_tokens={15 * 256}"]), cpu(), cpu_ranks=3)
+
+
+def test_a_batch_smaller_than_the_ranks_is_refused_with_one_row_each():
+    assert f"nearest good values: {32 * 256}, " in refusal(load_recipe(DEMO), cpu(), cpu_ranks=32)
+
+
+def test_a_micro_batch_that_does_not_divide_is_refused_with_the_divisors():
+    text = refusal(load_recipe(DEMO, ["train.micro_batch_rows=3"]), cpu(), cpu_ranks=2)
+    assert "3 does not divide the 8 rows" in text and "1, 2, 4, 8" in text
+
+
+def test_a_given_micro_batch_is_kept():
+    layout = make_plan(load_recipe(DEMO, ["train.micro_batch_rows=2"]), cpu(), cpu_ranks=2).layout
+    assert (layout.micro_batch_rows, layout.accumulation) == (2, 4)
+
+
+def test_dp_shard_other_than_all_ranks_is_refused():
+    assert "dp_shard 4 differs from the 2 ranks" in refusal(
+        load_recipe(DEMO, ["layout.dp_shard=4"]), cpu(), cpu_ranks=2
+    )
+    assert make_plan(load_recipe(DEMO, ["layout.dp_shard=2"]), cpu(), cpu_ranks=2).layout.dp_shard == 2
+
+
+@pytest.mark.parametrize(("native", "expected"), [(True, "bf16"), (False, "fp32"), (None, "fp32")])
+def test_precision_auto_follows_the_device(native, expected):
+    plan = make_plan(load_recipe(DEMO), cpu(bf16=native))
+    assert plan.layout.precision == expected
+    assert any("bf16 is unknown" in note for note in plan.notes) is (native is None)
+
+
+def test_precision_in_the_recipe_wins():
+    assert make_plan(load_recipe(DEMO, ["train.precision=fp32"]), cpu()).layout.precision == "fp32"
+
+
+def test_the_micro_batch_is_the_largest_that_fits():
+    roomy = make_plan(load_recipe(DEMO), cpu())
+    assert roomy.layout.micro_batch_rows == 16
+    tight = make_plan(load_recipe(DEMO), cpu(memory_bytes=int((roomy.predicted.peak_memory_bytes - 1) / FIT_FRAC)))
+    assert tight.layout.micro_batch_rows < 16
+    assert tight.predicted.peak_memory_bytes < roomy.predicted.peak_memory_bytes
+
+
+def test_parameters_stay_gathered_only_where_they_fit():
+    recipe = load_recipe(LLAMA_8B)
+    assert make_plan(recipe, gpus(80 * GIB), n_nodes=128).layout.reshard_after_forward is True
+    assert make_plan(recipe, gpus(192 * GIB), n_nodes=128).layout.reshard_after_forward is False
+    kept = make_plan(load_recipe(LLAMA_8B, ["layout.reshard_after_forward=true"]), gpus(192 * GIB), n_nodes=128)
+    assert kept.layout.reshard_after_forward is True
+
+
+def test_a_model_that_does_not_fit_is_refused_with_its_terms_and_a_number_of_ranks_that_does():
+    recipe = load_recipe(LLAMA_8B)
+    text = refusal(recipe, gpus(80 * GIB))
+    assert "activations" in text and "optimizer_state" in text
+    ranks = int(text.split("do:    use ")[1].split()[0])
+    assert make_plan(recipe, gpus(80 * GIB), n_nodes=ranks // 4).layout.world_size == ranks
+
+
+def test_a_model_that_fits_on_no_number_of_devices_says_so():
+    assert "no number of devices" in refusal(load_recipe(LLAMA_8B), gpus(4 * GIB))
+
+
+def test_unknown_memory_gives_a_safe_micro_batch_and_a_note():
+    plan = make_plan(load_recipe(DEMO), cpu(memory_bytes=None))
+    assert plan.layout.micro_batch_rows * 256 == 2048
+    assert any("memory is unknown" in note for note in plan.notes)
+
+
+def test_states_shrink_with_the_ranks_and_muon_needs_one_moment_for_the_matrices():
+    one, four = (make_plan(load_recipe(DEMO), cpu(), cpu_ranks=n).predicted.memory_bytes for n in (1, 4))
+    n = 2_361_024
+    assert one["parameters"] == one["gradients"] == 4 * n and one["optimizer_state"] == 8 * n
+    assert four["parameters"] == n
+    muon = make_plan(load_recipe(DEMO, ["optim.name=muon"]), cpu()).predicted.memory_bytes
+    matrices = 4 * (192 * 192 * 2 + 192 * 64 * 2 + 3 * 192 * 512)
+    assert muon["optimizer_state"] == 8 * n - 4 * matrices
+
+
+def test_accumulation_holds_the_gradients_of_the_whole_model():
+    terms = make_plan(load_recipe(DEMO, ["train.micro_batch_rows=2"]), cpu()).predicted.memory_bytes
+    assert terms["unsharded_gradients"] == 4 * 2_361_024
+
+
+def test_without_a_matmul_rate_no_time_is_predicted_and_a_note_says_what_to_do():
+    plan = make_plan(load_recipe(DEMO), cpu())
+    assert plan.predicted.total_step_time_s is plan.predicted.tokens_per_s is plan.predicted.run_time_s is None
+    assert any("aifactory-train probe" in note for note in plan.notes)
+
+
+def test_ranks_on_a_cpu_share_its_rate_so_the_tokens_per_second_stay():
+    measured = Measured(matmul_flops_per_s=ByDtype(bf16=1e11), memory_bytes_per_s=1e10)
+    one, two = (make_plan(load_recipe(DEMO), cpu(measured=measured), cpu_ranks=n).predicted for n in (1, 2))
+    assert one.step_time_s["matmul"] == two.step_time_s["matmul"]
+    assert one.step_time_s["communication"] == 0.0 and two.step_time_s["communication"] is None
+    assert two.tokens_per_s == pytest.approx(one.tokens_per_s)
+
+
+def test_gpus_multiply_the_rate():
+    four, eight = (make_plan(load_recipe(DEMO), gpus(), n_nodes=n).predicted for n in (1, 2))
+    assert eight.tokens_per_s == pytest.approx(2 * four.tokens_per_s)
+
+
+def test_mfu_is_the_share_of_the_peak_of_all_devices():
+    plan = make_plan(load_recipe(DEMO), gpus(), n_nodes=2)
+    assert peak_flops_per_s(plan) == 8e15
+    assert plan.predicted.mfu_frac == pytest.approx(0.6)
+    measured = Measured(matmul_flops_per_s=ByDtype(bf16=1e11))
+    plan = make_plan(load_recipe(DEMO), cpu(measured=measured, peak=2e11), cpu_ranks=2)
+    assert plan.predicted.mfu_frac == pytest.approx(0.5)
+    assert peak_flops_per_s(make_plan(load_recipe(DEMO), cpu())) is None
+
+
+def test_the_explanation_names_every_term_and_every_note():
+    plan = make_plan(load_recipe(DEMO), cpu(), cpu_ranks=2)
+    text = explain(plan)
+    for name in (*plan.predicted.memory_bytes, *plan.predicted.step_time_s):
+        assert name.replace("_", " ") in text
+    assert all(note in text for note in plan.notes)
+    assert "16 rows of 256 tokens = 2 ranks x 1 x 8 rows" in text
+
+
+@pytest.mark.parametrize("key", ["n_nodes", "cpu_ranks"])
+def test_no_nodes_or_no_ranks_are_refused(key):
+    assert f"{key} is 0" in refusal(load_recipe(DEMO), cpu(), **{key: 0})
+
+
+def test_planning_imports_no_torch():
+    code = (
+        "import sys, aifactory_train.plan.explain, aifactory_train.machine.load, aifactory_train.results.report;"
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=configs_dir().parent).returncode == 0
+
+
+def test_the_schema_of_a_plan_of_another_version_is_refused(tmp_path):
+    text = make_plan(load_recipe(DEMO), cpu()).to_json().replace("aifactory-plan/1", "aifactory-plan/9")
+    (tmp_path / "plan.json").write_text(text)
+    with pytest.raises(PlanError, match="schema_"):
+        load_plan(tmp_path / "plan.json")
+    assert Plan.model_fields["schema_"].default == "aifactory-plan/1"
