@@ -50,12 +50,11 @@ def choose_layout(recipe: Recipe, machine: Machine, n_nodes: int, cpu_ranks: int
     micros = _micro_batches(recipe, rows_per_rank)
     limit_bytes = memory_per_rank_bytes(machine, ranks_per_node)
     if limit_bytes is None:
-        micro = next(
-            (m for m in reversed(micros) if m * recipe.data.seq_len_tokens >= SAFE_MICRO_BATCH_TOKENS), micros[0]
-        )
+        seq = recipe.data.seq_len_tokens
+        micro = next((m for m in reversed(micros) if m * seq >= SAFE_MICRO_BATCH_TOKENS), micros[0])
         notes.append(
-            f"device memory is unknown: micro_batch_rows {micro} gives {micro * recipe.data.seq_len_tokens} tokens"
-            " and parameters are gathered block by block; measure with: aifactory-train probe"
+            f"device memory is unknown: micro_batch_rows {micro} gives {micro * seq} tokens and parameters are"
+            " gathered block by block; give the machine file its device.memory_bytes"
         )
         return _cut(first, rows_per_rank, micro, reshards[-1])
     for micro in micros:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 from pydantic import ValidationError
 
@@ -20,7 +20,7 @@ from aifactory_train.plan.shape import build_shape
 from aifactory_train.plan.steptime import estimate_step_time_s, total_step_time_s
 from aifactory_train.recipe.schema import Recipe, fingerprint
 
-PLAN_SCHEMA = "aifactory-plan/1"
+PLAN_SCHEMA: Final = "aifactory-plan/1"
 
 
 class Plan(Part):
@@ -63,9 +63,7 @@ def make_plan(recipe: Recipe, machine: Machine, n_nodes: int = 1, cpu_ranks: int
     """
     for name, value in (("n_nodes", n_nodes), ("cpu_ranks", cpu_ranks)):
         if value < 1:
-            raise PlanError(
-                f"{name} is {value}; at least 1 is needed", where="command line", do=f"give {name} 1 or more"
-            )
+            raise PlanError(f"{name} is {value}", where="command line", do=f"give {name} 1 or more")
     notes: list[str] = []
     layout = choose_layout(recipe, machine, n_nodes, cpu_ranks, notes)
     shape = build_shape(recipe.model, recipe.data.seq_len_tokens)
