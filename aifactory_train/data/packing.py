@@ -50,7 +50,7 @@ def pack_rows(stream: TokenStream, rows_R: np.ndarray, seq_len_tokens: int, docu
         if document_mask:
             start_RU[i, stream.document_starts(first, min(first + S, stream.n_tokens)) - first] = True
     counts_RT = real_RU[:, 1:] & ~start_RU[:, 1:]
-    input_RT = np.where(counts_RT | real_RU[:, 1:], tokens_RU[:, :-1], eos_id)
+    input_RT = np.where(real_RU[:, 1:], tokens_RU[:, :-1], eos_id)
     target_RT = np.where(counts_RT, tokens_RU[:, 1:], IGNORE)
     if not document_mask:
         return Rows(input_RT, target_RT, None, None)

@@ -26,7 +26,7 @@ from aifactory_train.data.shards import (
     read_manifest,
     settings_fingerprint,
 )
-from aifactory_train.data.sources import check_not_empty, list_files, open_source
+from aifactory_train.data.sources import list_files, open_source
 from aifactory_train.data.tokenize import (
     TokenizerInfo,
     Unit,
@@ -34,7 +34,6 @@ from aifactory_train.data.tokenize import (
     count_cores,
     load_tokenizer,
     plan_units,
-    text_lengths,
     tokenize_units,
     train_tokenizer,
 )
@@ -107,7 +106,6 @@ def _open(source: Source, cache_dir: Path) -> Opened:
     read_from = listing.described if listing else f"hub dataset {source.hub}"
     say(f"source {source.name}: reading {read_from}" + (f", {len(listing.files):,} files" if listing else ""))
     dataset = open_source(source, cache_dir)
-    check_not_empty(source, int(text_lengths(dataset).sum()))
     return Opened(source, read_from, listing.digest if listing else dataset._fingerprint, dataset)
 
 

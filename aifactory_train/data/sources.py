@@ -8,15 +8,17 @@ from __future__ import annotations
 import glob
 import gzip
 import hashlib
-import io
 import json
 import logging
+import os
 import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
 
 from aifactory_train.errors import AifactoryError, DataError, storage_fault
 from aifactory_train.recipe.schema import Source
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 TEXT_COLUMN = "text"
 SUFFIXES = {".txt": "txt", ".jsonl": "jsonl", ".jsonl.gz": "jsonl", ".jsonl.zst": "jsonl", ".parquet": "parquet"}
 READABLE = ", ".join(SUFFIXES)
+ZST_READ_BYTES = 1 << 17  # compressed; repetitive text may unpack to thousands of times as much
 ARROW_BATCH_ROWS = 256  # rows held in memory before they are written; a row may be a file of many MB
 
 Kind = Literal["txt", "jsonl", "parquet", "python"]
@@ -51,8 +54,10 @@ def list_files(source: Source) -> Listing | None:
         return None
     if source.python_stdlib:
         root = Path(sysconfig.get_paths()["stdlib"])
-        others = {"site-packages", "dist-packages"}
-        files = [p for p in root.rglob("*.py") if not others & set(p.relative_to(root).parts)]
+        files = []
+        for folder, inner, names in os.walk(root):
+            inner[:] = [name for name in inner if name not in ("site-packages", "dist-packages")]
+            files += [Path(folder, name) for name in names if name.endswith(".py")]
         return _listing("python", files, f"Python standard library {sysconfig.get_python_version()}", source)
     root = Path(str(source.path)).expanduser()
     if root.is_dir():
@@ -93,16 +98,28 @@ def list_files(source: Source) -> Listing | None:
 def open_source(source: Source, cache_dir: Path) -> datasets.Dataset:
     """Read `source` into one memory-mapped column "text", one row a document; a second call reuses the cache.
 
-    Raises DataError with the file, and where it can the line, of what could not be read.
+    Raises DataError: an empty corpus, or the file, and where it can the line, of what could not be read.
     Disk errors of the cache pass through for `errors.storage_errors`.
     """
     listing = list_files(source)
     with _quiet_datasets(), _source_errors(source):
         if listing is None:
-            return _open_hub(source, cache_dir)
-        if listing.kind == "parquet":
-            return _open_parquet(source, listing, cache_dir)
-        return _open_rows(source, listing, cache_dir)
+            dataset = _open_hub(source, cache_dir)
+        elif listing.kind == "parquet":
+            dataset = _open_parquet(source, listing, cache_dir)
+        else:
+            dataset = _open_rows(source, listing, cache_dir)
+        if not text_lengths(dataset).any():
+            raise _empty(source, "all its documents are empty")
+        return dataset
+
+
+def text_lengths(dataset: datasets.Dataset) -> np.ndarray:
+    """Bytes of each document, int64; a null has none."""
+    import pyarrow.compute as pc
+
+    lengths = pc.fill_null(pc.binary_length(dataset.data.column(TEXT_COLUMN)), 0)
+    return np.asarray(lengths.to_numpy(), np.int64)
 
 
 def _kind(path: Path) -> Kind | None:
@@ -127,12 +144,6 @@ def _empty(source: Source, why: str) -> DataError:
         where=f"data.sources, name {source.name}",
         do="point the source at files with text in them, or remove it from the recipe",
     )
-
-
-def check_not_empty(source: Source, n_bytes: int) -> None:
-    """Raise DataError where all documents of a source together hold no byte of text."""
-    if n_bytes == 0:
-        raise _empty(source, "all its documents are empty")
 
 
 def _unreadable(source: Source, path: Path | str, why: str) -> DataError:
@@ -165,6 +176,7 @@ def _open_rows(source: Source, listing: Listing, cache_dir: Path) -> datasets.Da
 
 
 def _rows(source: Source, kind: Kind, files: tuple[str, ...]) -> Iterator[dict[str, str]]:
+    yield {TEXT_COLUMN: ""}  # `datasets` fails on no rows at all; an empty document is passed over later
     for path in files:
         try:
             if kind == "jsonl":
@@ -179,46 +191,55 @@ def _rows(source: Source, kind: Kind, files: tuple[str, ...]) -> Iterator[dict[s
 
 
 def _json_rows(source: Source, path: str) -> Iterator[dict[str, str]]:
-    with _open_binary(path) as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            place = f"{path}:{number}"
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise _unreadable(source, place, f"not a JSON line: {error}") from None
-            if not isinstance(row, dict) or source.text_key not in row:
-                raise _no_column(source, place, list(row) if isinstance(row, dict) else [])
-            text = row[source.text_key]
-            if text is None:
-                continue
-            if not isinstance(text, str):
-                raise _unreadable(source, place, f"{source.text_key!r} holds {type(text).__name__}, not text")
-            try:
-                text.encode()
-            except UnicodeEncodeError:
-                raise _unreadable(source, place, f"{source.text_key!r} holds half a surrogate pair") from None
-            yield {TEXT_COLUMN: text}
+    for number, line in enumerate(_lines(path), 1):
+        if not line.strip():
+            continue
+        place = f"{path}:{number}"
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise _unreadable(source, place, f"not a JSON line: {error}") from None
+        if not isinstance(row, dict) or source.text_key not in row:
+            raise _no_column(source, place, list(row) if isinstance(row, dict) else [])
+        text = row[source.text_key]
+        if text is None:
+            continue
+        if not isinstance(text, str):
+            raise _unreadable(source, place, f"{source.text_key!r} holds {type(text).__name__}, not text")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise _unreadable(source, place, f"{source.text_key!r} holds half a surrogate pair") from None
+        yield {TEXT_COLUMN: text}
 
 
-@contextmanager
-def _open_binary(path: str) -> Iterator[BinaryIO]:
-    if path.endswith(".gz"):
-        with gzip.open(path, "rb") as file:
-            yield file  # type: ignore[misc]
-    elif path.endswith(".zst"):
-        import zstandard
-
-        with open(path, "rb") as raw:
-            reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-            try:
-                yield io.BufferedReader(reader)
-            except zstandard.ZstdError as error:
-                raise OSError(f"damaged zstd file: {error}") from None
+def _lines(path: str) -> Iterator[bytes]:
+    if path.endswith(".zst"):
+        yield from _zst_lines(path)
     else:
-        with open(path, "rb") as file:
-            yield file
+        with gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb") as file:
+            yield from file
+
+
+def _zst_lines(path: str) -> Iterator[bytes]:
+    """Not through `zstandard`'s own reader: that takes a file cut off in the middle for a whole one (0.25)."""
+    import zstandard
+
+    frame, rest = None, b""
+    with open(path, "rb") as file:
+        while piece := file.read(ZST_READ_BYTES):
+            while piece:
+                frame = frame or zstandard.ZstdDecompressor().decompressobj()
+                try:
+                    *lines, rest = (rest + frame.decompress(piece)).split(b"\n")
+                except zstandard.ZstdError as error:
+                    raise OSError(f"damaged zstd file: {error}") from None
+                yield from lines
+                piece = frame.unused_data
+                frame = None if frame.eof else frame
+    if frame is not None:
+        raise EOFError("damaged zstd file: cut off in the middle of a frame")
+    yield rest
 
 
 # ---------------------------------------------------------------- parquet and the hub
@@ -229,8 +250,10 @@ def _open_parquet(source: Source, listing: Listing, cache_dir: Path) -> datasets
     import pyarrow.parquet as pq
     from datasets import Features, Value, load_dataset
 
+    n_rows = 0
     for path in listing.files:
         try:
+            n_rows += pq.read_metadata(path).num_rows
             schema = pq.read_schema(path)
         except (pa.ArrowException, OSError) as error:
             raise _unreadable(source, path, _first_line(error)) from None
@@ -239,6 +262,8 @@ def _open_parquet(source: Source, listing: Listing, cache_dir: Path) -> datasets
         kind = schema.field(source.text_key).type
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
             raise _unreadable(source, path, f"column {source.text_key!r} holds {kind}, not text")
+    if n_rows == 0:
+        raise _empty(source, "its files hold no rows")
     dataset = load_dataset(
         "parquet",
         data_files=[glob.escape(str(Path(p).absolute())) for p in listing.files],

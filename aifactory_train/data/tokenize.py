@@ -25,7 +25,7 @@ import numpy as np
 
 from aifactory_train.data.progress import Progress, say
 from aifactory_train.data.shards import Fit, Shard, dtype_for, file_sha256, shard_name, write_shard
-from aifactory_train.data.sources import TEXT_COLUMN
+from aifactory_train.data.sources import TEXT_COLUMN, text_lengths
 from aifactory_train.errors import DataError
 from aifactory_train.rundir import fsync_folder
 from aifactory_train.units import format_bytes
@@ -204,14 +204,6 @@ class Unit:
     @property
     def n_rows(self) -> int:
         return self.wanted["end_row"] - self.wanted["first_row"]
-
-
-def text_lengths(dataset: datasets.Dataset) -> np.ndarray:
-    """Bytes of each document, int64; a null has none."""
-    import pyarrow.compute as pc
-
-    lengths = pc.fill_null(pc.binary_length(dataset.data.column(TEXT_COLUMN)), 0)
-    return np.asarray(lengths.to_numpy(), np.int64)
 
 
 def plan_units(dataset: datasets.Dataset, folder: Path, made_from: str) -> list[Unit]:
