@@ -37,12 +37,12 @@ def git(*arguments: str) -> str | None:
 
 
 def commit() -> str | None:
-    """Commit of the checkout, with `-dirty` where tracked files differ from it; None outside a checkout."""
+    """Commit of the checkout, with `+dirty` where tracked files differ from it; None outside a checkout."""
     top = git("rev-parse", "--show-toplevel")
     sha = git("rev-parse", "HEAD")
     if top is None or sha is None or Path(top).resolve() != HERE:
         return None
-    return f"{sha}-dirty" if git("status", "--porcelain", "--untracked-files=no") else sha
+    return f"{sha}+dirty" if git("status", "--porcelain", "--untracked-files=no") else sha
 
 
 class BuildPy(build_py):

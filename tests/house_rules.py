@@ -19,7 +19,7 @@ FLOOR = {
     **dict.fromkeys(("launch", "results", "data", "models", "metrics"), 3),
     **dict.fromkeys(("parallel", "checkpoint", "faults"), 4),
     "train": 5,
-    "cli": 6,
+    **dict.fromkeys(("cli", "__main__"), 6),
 }
 
 # On top of "down only": what each folder may not import from its own floor or a lower one.

@@ -13,6 +13,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
+COMMAND = re.compile(r"(?:^ {4}aifactory-train|`aifactory-train|\$\(RUN\)) ([a-z]+)([^`\n]*)", re.MULTILINE)
+
+
+def commands() -> list[tuple[str, str]]:
+    """(verb, the rest of the line) of every command in the README and the Makefile."""
+    return COMMAND.findall(README + (ROOT / "Makefile").read_text())
 
 
 def help_text(*verb: str) -> str:
@@ -38,16 +44,15 @@ def test_every_make_target_that_the_readme_names_exists() -> None:
 
 def test_every_verb_of_the_readme_exists_and_every_verb_is_in_the_readme() -> None:
     table = set(re.findall(r"^\| `([a-z]+)` \|", README, re.MULTILINE))
-    used = set(re.findall(r"aifactory-train ([a-z]+)", README + (ROOT / "Makefile").read_text()))
-    used |= set(re.findall(r"\$\(RUN\) ([a-z]+)", (ROOT / "Makefile").read_text()))
-    real = set(re.search(r"\{([a-z,]+)\}", help_text()).group(1).split(","))  # type: ignore[union-attr]
+    used = {verb for verb, _ in commands()}
+    assert len(used) >= 6
+    real = set(re.findall(r"^    ([a-z]+) ", help_text(), re.MULTILINE))
     assert table == real, f"README's table: {sorted(table)}; aifactory-train --help: {sorted(real)}"
     assert used <= real, f"not a verb: {sorted(used - real)}; aifactory-train --help: {sorted(real)}"
 
 
 def test_every_flag_of_the_readme_and_the_makefile_exists() -> None:
-    text = README + (ROOT / "Makefile").read_text()
-    for verb, rest in re.findall(r"(?:aifactory-train|\$\(RUN\)) ([a-z]+)([^\n]*)", text):
+    for verb, rest in commands():
         for flag in re.findall(r"(?<!\S)--[a-z-]+", rest):
             assert flag in help_text(verb), f"aifactory-train {verb} {flag}: not in aifactory-train {verb} --help"
 
@@ -81,7 +86,7 @@ def test_a_wheel_carries_the_configs_and_the_launchers(tmp_path: Path) -> None:
     assert wanted <= inside, f"not in the wheel: {sorted(wanted - inside)}"
     if (ROOT / ".git").exists():
         commit = zipfile.ZipFile(wheel).read("aifactory_train/_commit.txt").decode()
-        assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?\n", commit)
+        assert re.fullmatch(r"[0-9a-f]{40}(\+dirty)?\n", commit)
 
 
 def test_every_required_package_is_pinned() -> None:
