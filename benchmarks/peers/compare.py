@@ -154,7 +154,7 @@ def main(argv: list[str] | None = None) -> None:
 
     for name in names:
         print(f"{name:16s} {result['median_tokens_per_s'][name]:6.0f} tokens/s")
-    print(path.relative_to(ROOT))
+    print(os.path.relpath(path, ROOT))
     for name in reversed(names[1:]):
         print("ratio_to_{} {ratio:.3f} low {low:.3f} high {high:.3f}".format(name, **result["ratio_to"][name]))
 

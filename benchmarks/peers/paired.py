@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 MIN_BLOCKS = 5
-RESAMPLES = 10_000
+RESAMPLES = 4000
 Block = Sequence[float]  # tokens/s of each step
 
 

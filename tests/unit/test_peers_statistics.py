@@ -1,15 +1,17 @@
-"""The statistics and the protocol of benchmarks/peers."""
+"""The statistics, the protocol and the turns of benchmarks/peers."""
 
 from __future__ import annotations
 
 import json
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import compare
 from paired import order_of_turns, ratio_of_medians
 
 PEERS = Path(__file__).resolve().parents[2] / "benchmarks" / "peers"
@@ -82,3 +84,34 @@ def test_a_side_answers_each_block_and_ends_with_its_input() -> None:
 def test_a_side_alone_prints_one_line_without_its_warm_up() -> None:
     (row,) = answers("", "--steps", "3", "--warmup", "2")
     assert len(row["step_s"]) == 3
+
+
+def compare_sides(tmp_path: Path, ours: str, trainer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(PEERS))
+    for name, code in (("ours", ours), ("trainer", trainer)):
+        (tmp_path / f"{name}.py").write_text(code)
+    monkeypatch.setattr(compare, "SIDES", {n: [str(tmp_path / f"{n}.py")] for n in ("ours", "trainer")})
+    monkeypatch.setattr(compare, "RESULTS", tmp_path)
+    monkeypatch.setattr(compare, "provenance", lambda: {"git_sha": "0" * 40, "versions": {}})
+    compare.main(["--blocks", "5", "--steps", "2", "--warmup", "1"])
+
+
+def test_the_comparison_writes_its_samples_and_ends_with_the_ratio(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compare_sides(tmp_path, SIDE, SIDE.replace("0.01", "0.02"), monkeypatch)
+    last = capsys.readouterr().out.splitlines()[-1]
+    match = re.fullmatch(r"ratio_to_trainer ([\d.]+) low ([\d.]+) high ([\d.]+)", last)
+    assert match, last
+    ratio, low, high = (float(g) for g in match.groups())
+    assert low <= ratio <= high and 1.2 < ratio < 3
+    (path,) = tmp_path.glob("peers-*.json")
+    row = json.loads(path.read_text())
+    assert [len(b) for b in row["tokens_per_s"]["ours"]] == [2] * 5
+    assert row["git_sha"] and len(row["recipe_hash"]) == 64
+
+
+def test_a_side_that_dies_is_named_and_no_result_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SystemExit, match="trainer ended with exit code 7"):
+        compare_sides(tmp_path, SIDE, "raise SystemExit(7)", monkeypatch)
+    assert not list(tmp_path.glob("peers-*.json"))
