@@ -55,3 +55,13 @@ def format_seconds(value: float | None) -> str:
 def format_fraction(value: float | None) -> str:
     """0.4132 -> "41.3 %"."""
     return "unknown" if value is None else f"{value * 100:.1f} %"
+
+
+def format_nats(value: float | None) -> str:
+    """3.2141 -> "3.214 nats/token"."""
+    return "unknown" if value is None else f"{value:.3f} nats/token"
+
+
+def format_difference(value: float | None) -> str:
+    """A signed fraction: 0.042 -> "+4.2 %"."""
+    return "unknown" if value is None else f"{value * 100:+.1f} %".replace("-", "\N{MINUS SIGN}")

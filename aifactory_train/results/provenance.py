@@ -1,0 +1,61 @@
+"""Which code, on which machine: what a result must carry to be believed."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from aifactory_train.machine.probe import cpu_name
+
+PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "mpi4py", "numpy", "pydantic")
+_PACKAGE_DIR = Path(__file__).resolve().parent.parent
+# What decides a run; a changed README or a new measurement does not make the code another one.
+_CODE = ("aifactory_train", "configs", "launchers", "setup.py", "constraints.txt")
+
+
+def provenance() -> dict[str, Any]:
+    """Commit of our code ("+dirty" if it was changed since), versions, and the machine this process runs on.
+
+    `git_sha` is None where neither a checkout nor the wheel's `_commit.txt` tells it. Imports no torch.
+    """
+    return {
+        "git_sha": git_sha(_PACKAGE_DIR),
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "hostname": platform.node(),
+        "platform": platform.platform(),
+        "cpu": cpu_name(),
+    }
+
+
+def git_sha(package_dir: Path) -> str | None:
+    """Commit of the checkout that holds the package, else the one that the wheel was built from."""
+    checkout = package_dir.parent
+    # A virtual environment may lie inside somebody's repository; only a .git right beside the package is ours.
+    if (checkout / ".git").exists():
+        sha = _git(checkout, "rev-parse", "HEAD")
+        changes = _git(checkout, "status", "--porcelain", "--", *_CODE)
+        if sha and changes is not None:
+            return f"{sha}+dirty" if changes else sha
+    try:
+        return (package_dir / "_commit.txt").read_text().strip() or None
+    except OSError:
+        return None
+
+
+def _git(checkout: Path, *arguments: str) -> str | None:
+    # In a container the checkout often belongs to another user, which git refuses without safe.directory.
+    command = ["git", "-c", f"safe.directory={checkout}", "-C", str(checkout), *arguments]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
