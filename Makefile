@@ -1,7 +1,7 @@
 # Two commands matter: `make demo` and `make test`. Everything they need is set up in .venv on the first call.
 #
 #   PYTHON=python3.12   the interpreter that .venv is made from (3.11 or newer)
-#   SITE_TORCH=1        use the torch that the machine provides, not the pinned one
+#   SITE_TORCH=1        use the torch that the machine provides, not the pinned one (`make clean` first)
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
@@ -64,7 +64,7 @@ bench-peers: $(VENV)/.installed-test
 
 $(VENV)/bin/python:
 	@command -v $(PYTHON) >/dev/null && $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-	  echo "aifactory-train needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1 || echo missing)"; \
+	  echo "aifactory-train needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>/dev/null || echo "not there")"; \
 	  echo "  do:    apt-get install python3.11 python3.11-venv   (or: module load Python), then"; \
 	  echo "         make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; } >&2
 	@echo '== set up $(VENV) (once)'
