@@ -34,6 +34,7 @@ class AifactoryError(Exception):
     """
 
     exit_code = 1
+    on_every_rank = False  # True where all ranks raise the same, so that one of them prints it
 
     def __init__(self, what: str, *, where: str = "", do: str = "") -> None:
         self.what, self.where, self.do = what, where, do

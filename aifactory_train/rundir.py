@@ -1,4 +1,4 @@
-"""The run folder: every file name that two stages share, and how files are written.
+"""The run folder: every file name that launch, train and results share, how files are written, and the signal.
 
     RUN/
       recipe.yaml            the resolved recipe; a second launch must bring the same
@@ -16,9 +16,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
+
+# The one signal that asks a run to save and stop. mpirun and Slurm forward it; NCCL and Lightning use USR1.
+STOP_SIGNAL = signal.SIGUSR2
 
 
 class RunDir:
@@ -99,3 +103,9 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 def log_event(run: RunDir, kind: str, **fields: Any) -> None:
     """Append to events.jsonl. `time_s` is seconds since the epoch."""
     append_jsonl(run.events, {"time_s": round(time.time(), 3), "event": kind, **fields})
+
+
+def is_finished(run: RunDir) -> bool:
+    """Whether the last thing that happened in this run was its end."""
+    events = read_jsonl(run.events)
+    return bool(events) and events[-1].get("event") == "finish"

@@ -1,0 +1,57 @@
+"""Tensors of a checkpoint: staging, writing and reading through torch.distributed.checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
+
+State = dict[str, Any]
+
+
+class Stager:
+    """Copies a state to host memory so that training can go on while the copy is written."""
+
+    def __init__(self) -> None:
+        # The cache is pinned memory, which only exists beside a GPU.
+        self._stager = BlockingAsyncStager(cache_staged_state_dict=torch.cuda.is_available())
+
+    def stage(self, state: State) -> State:
+        """A copy in host memory that is this object's own; the next call overwrites it."""
+        staged = self._stager.stage(state)
+        return staged if isinstance(staged, dict) else staged.result()
+
+
+def write_tensors(state: State, folder: Path, group: dist.ProcessGroup) -> None:
+    """Write each rank's part, fsynced. Collective over `group` (gloo); returns when all ranks are done."""
+    writer = dcp.FileSystemWriter(folder, sync_files=True)
+    dcp.save(state, storage_writer=writer, process_group=group)
+
+
+def read_tensors(state: State, folder: Path, group: dist.ProcessGroup | None = None) -> None:
+    """Fill `state` in place, whatever number of ranks wrote it. Without a group this process reads alone."""
+    reader = dcp.FileSystemReader(folder)
+    dcp.load(state, storage_reader=reader, process_group=group, no_dist=group is None)
+
+
+def stored_tensors(folder: Path) -> dict[str, Any]:
+    """Name -> stored metadata (size, dtype) of everything in a checkpoint."""
+    return dict(dcp.FileSystemReader(folder).read_metadata().state_dict_metadata)
+
+
+def rng_state(rank: int) -> State:
+    """This rank's random states, as tensors under keys of its own."""
+    state = {f"rank{rank}.cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state[f"rank{rank}.cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_rng_state(state: State, rank: int) -> None:
+    torch.set_rng_state(state[f"rank{rank}.cpu"])
+    if f"rank{rank}.cuda" in state:
+        torch.cuda.set_rng_state(state[f"rank{rank}.cuda"])

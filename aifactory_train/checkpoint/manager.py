@@ -1,0 +1,223 @@
+"""Folders of checkpoints: what has no COMMIT does not exist.
+
+    checkpoints/step-00000100.tmp/    being written; removed at the next start
+    checkpoints/step-00000100/        COMMIT (JSON: sizes, checksums, model), .metadata, __<rank>_0.distcp
+
+A save is staged by the training thread and written by another one; rank 0 commits when all ranks are done.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from aifactory_train.checkpoint.dcp import Stager, State, read_tensors, write_tensors
+from aifactory_train.errors import AifactoryError, CheckpointError, storage_errors
+from aifactory_train.rundir import fsync_folder, write_atomic
+
+COMMIT = "COMMIT"
+_READ_BYTES = 1 << 24
+
+
+@dataclass(frozen=True)
+class Commit:
+    """What COMMIT says. `files`: name -> [bytes, sha256]. `model`: the recipe's model section."""
+
+    step: int
+    tokens: int
+    world_size: int
+    model: dict[str, Any]
+    files: dict[str, list[Any]]
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(size for size, _ in self.files.values())
+
+
+def committed_steps(folder: Path) -> list[int]:
+    """Steps that have a COMMIT, in rising order."""
+    steps = (re.fullmatch(r"step-(\d+)", p.parent.name) for p in folder.glob(f"step-*/{COMMIT}"))
+    return sorted(int(m.group(1)) for m in steps if m)
+
+
+def step_folder(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:08d}"
+
+
+def read_commit(folder: Path, step: int) -> Commit:
+    path = step_folder(folder, step) / COMMIT
+    try:
+        return Commit(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"COMMIT of step {step} cannot be read: {error}", where=str(path), do=_drop(folder, step)
+        ) from None
+
+
+def check_model(commit: Commit, model: dict[str, Any], folder: Path) -> None:
+    """Refuse a checkpoint of another model; names every field that differs."""
+    ignored = ("init_std", "init_from")
+    names = [k for k in sorted({*commit.model, *model}) if k not in ignored and commit.model.get(k) != model.get(k)]
+    if names:
+        shown = "; ".join(f"{k}: checkpoint {commit.model.get(k)!r}, recipe {model.get(k)!r}" for k in names)
+        raise CheckpointError(
+            f"the checkpoint is of another model: {shown}",
+            where=str(step_folder(folder, commit.step)),
+            do="take the recipe that made it, or another run folder: --run RUN",
+        )
+
+
+def verify_files(folder: Path, commit: Commit, rank: int = 0, world_size: int = 1) -> None:
+    """Check size and sha256 of every world_size-th file. Raises CheckpointError naming the file."""
+    place = step_folder(folder, commit.step)
+    for index, (name, (size, digest)) in enumerate(sorted(commit.files.items())):
+        if index % world_size != rank:
+            continue
+        path = place / name
+        found = path.stat().st_size if path.exists() else None
+        if found != size:
+            what = "is missing" if found is None else f"has {found} bytes, COMMIT says {size}"
+        elif sha256_of(path) != digest:
+            what = "has other bytes than when it was committed (sha256 differs)"
+        else:
+            continue
+        raise CheckpointError(f"checkpoint file {name} {what}", where=str(path), do=_drop(folder, commit.step))
+
+
+def sha256_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while chunk := f.read(_READ_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _drop(folder: Path, step: int) -> str:
+    older = [s for s in committed_steps(folder) if s < step]
+    then = f"resumes at step {older[-1]}" if older else "starts from step 0"
+    return f"mv {step_folder(folder, step)} elsewhere; the next launch {then}"
+
+
+class CheckpointManager:
+    """Saves and loads by step. All methods are collective over the run's ranks.
+
+    Args:
+        folder: checkpoints/ of the run.
+        keep: how many commits stay; older ones are removed after each commit.
+        asynchronous: write in a thread while training goes on.
+        on_commit: called on rank 0 with (commit, seconds) after each commit.
+    """
+
+    def __init__(
+        self, folder: Path, keep: int, asynchronous: bool, on_commit: Callable[[Commit, float], None] | None = None
+    ) -> None:
+        self.folder, self.keep, self.asynchronous, self.on_commit = folder, keep, asynchronous, on_commit
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        # A group of its own: the writing thread talks here while the training thread talks elsewhere.
+        self._group = dist.new_group(backend="gloo")
+        self._stager = Stager()
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        if self.rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            for stale in folder.glob("step-*.tmp"):
+                shutil.rmtree(stale)
+        dist.barrier(group=self._group)
+
+    def latest(self) -> Commit | None:
+        """The newest commit, chosen by rank 0 for all."""
+
+        def look() -> Commit | None:
+            steps = committed_steps(self.folder)
+            return read_commit(self.folder, steps[-1]) if steps else None
+
+        return self.together(lambda: look() if self.rank == 0 else None)[0]
+
+    def load(self, commit: Commit, state: State, model: dict[str, Any]) -> None:
+        """Verify the files (each rank a share of them), then fill `state` in place."""
+        self.together(lambda: check_model(commit, model, self.folder))
+        self.together(lambda: verify_files(self.folder, commit, self.rank, self.world_size))
+        read_tensors(state, step_folder(self.folder, commit.step), self._group)
+
+    def save(self, step: int, tokens: int, state: State, model: dict[str, Any]) -> None:
+        """Stage now, write and commit later (or now, if not asynchronous). Raises what the save before met."""
+        self.wait()
+        staged = self._stager.stage(state) if self.asynchronous else state
+        self._thread = threading.Thread(
+            target=self._write, args=(step, tokens, staged, model), name="checkpoint", daemon=True
+        )
+        self._thread.start()
+        if not self.asynchronous:
+            self.wait()
+
+    def wait(self) -> None:
+        """Until the save under way is committed. Raises StorageError where the disk refused it."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _write(self, step: int, tokens: int, state: State, model: dict[str, Any]) -> None:
+        t0_s = time.monotonic()
+        final = step_folder(self.folder, step)
+        tmp = final.with_name(final.name + ".tmp")
+        last = committed_steps(self.folder)[-1:]
+        kept = f"; step {last[0]} is safe and the next launch resumes there" if last else ""
+        try:
+            with storage_errors(f"saving step {step}", final, f"free some space and launch again{kept}"):
+                write_tensors(state, tmp, self._group)
+                files = self.together(lambda: self._own_files(tmp))
+                commit = Commit(step, tokens, self.world_size, model, {k: v for part in files for k, v in part.items()})
+                self.together(lambda: self._commit(commit, tmp, final) if self.rank == 0 else None)
+            if self.rank == 0 and self.on_commit is not None:
+                self.on_commit(commit, time.monotonic() - t0_s)
+        except BaseException as error:
+            if isinstance(error, AifactoryError):
+                error.on_every_rank = True
+            self._error = error  # raised by the training thread at its next save or wait
+            if self.rank == 0:
+                shutil.rmtree(tmp, ignore_errors=True)  # a full disk gets its space back
+
+    def _own_files(self, tmp: Path) -> dict[str, list[Any]]:
+        """Size and checksum of what this rank wrote; rank 0 answers for .metadata too."""
+        names = sorted(p for p in tmp.iterdir() if p.name.startswith(f"__{self.rank}_"))
+        if self.rank == 0:
+            names.append(tmp / ".metadata")
+        return {p.name: [p.stat().st_size, sha256_of(p)] for p in names}
+
+    def _commit(self, commit: Commit, tmp: Path, final: Path) -> None:
+        write_atomic(tmp / COMMIT, json.dumps(vars(commit), indent=1))
+        tmp.rename(final)
+        fsync_folder(self.folder)
+        for step in committed_steps(self.folder)[: -self.keep]:
+            place = step_folder(self.folder, step)
+            # Without COMMIT first, so that a kill half-way leaves no commit with missing files.
+            (place / COMMIT).unlink()
+            shutil.rmtree(place)
+
+    def together(self, work: Callable[[], Any]) -> list[Any]:
+        """Do `work` on every rank; if it failed on one, raise that on all. Returns the results by rank."""
+        try:
+            mine: Any = work()
+        except (AifactoryError, OSError) as error:
+            mine = error
+        everyone: list[Any] = [None] * self.world_size
+        dist.all_gather_object(everyone, mine, group=self._group)
+        for result in everyone:
+            if isinstance(result, AifactoryError):
+                result.on_every_rank = True
+            if isinstance(result, BaseException):
+                raise result
+        return everyone

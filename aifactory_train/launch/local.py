@@ -1,0 +1,132 @@
+"""Start a run on this machine: check, write the run folder, start the ranks, pass their output on."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import IO, Any
+
+import yaml
+
+from aifactory_train.data.shards import check_fits_model, load_prepared
+from aifactory_train.errors import RunFolderError
+from aifactory_train.launch.env import rank_environment, rank_variables
+from aifactory_train.launch.mpi import mpirun_command
+from aifactory_train.plan.plan import Plan
+from aifactory_train.recipe.load import dump_recipe
+from aifactory_train.rundir import STOP_SIGNAL, RunDir, is_finished, write_atomic
+
+_CHUNK_BYTES = 1 << 16
+# mpirun's own notice that a rank has failed stands between two such lines, below the rank's message.
+_RULE = b"-" * 74 + b"\n"
+
+
+def launch_local(plan: Plan, run: RunDir) -> int:
+    """Run the plan here by mpirun. Returns the exit code of the ranks, 0 at once if the run is finished."""
+    check_run_folder(plan, run)
+    check_fits_model(load_prepared(plan.recipe.data).manifest, plan.recipe.model.vocab_size)
+    if is_finished(run):
+        print(f"{run.root} is finished; nothing to train")
+        return 0
+    program = [sys.executable, "-m", "aifactory_train", "train", str(run.root)]
+    if sys.stdout.isatty():
+        program.append("--bar")
+    command = mpirun_command(plan.machine, plan.layout.world_size, program)
+    write_run_folder(plan, run)
+    attempt = run.attempt(run.last_attempt() + 1)
+    attempt.mkdir(parents=True)
+    lines = [f"export {v.name}={shlex.quote(v.value)}  # {v.why}" for v in rank_variables(plan)]
+    write_atomic(attempt / "command.sh", "\n".join([*lines, shlex.join(command), ""]))
+    with open(attempt / "log.txt", "wb") as log:
+        return _run(command, rank_environment(plan), log)
+
+
+def check_run_folder(plan: Plan, run: RunDir) -> None:
+    """Refuse a folder that holds a run of another recipe; names the keys that differ."""
+    if not run.recipe.exists():
+        if run.root.exists() and any(run.root.iterdir()):
+            raise RunFolderError(
+                "the folder holds files but no run", where=str(run.root), do="give an empty or new folder: --run RUN"
+            )
+        return
+    before, now = yaml.safe_load(run.recipe.read_text()), yaml.safe_load(dump_recipe(plan.recipe))
+    changed = sorted(_differences(before, now, ""))
+    if changed:
+        raise RunFolderError(
+            f"the run folder belongs to another recipe; different: {', '.join(changed)}",
+            where=str(run.recipe),
+            do="take another folder: --run RUN, or the recipe that it was started with",
+        )
+
+
+def _differences(a: Any, b: Any, key: str) -> list[str]:
+    if isinstance(a, dict) and isinstance(b, dict):
+        names = {*a, *b}
+        return [d for n in names for d in _differences(a.get(n), b.get(n), f"{key}.{n}" if key else n)]
+    return [] if a == b else [f"{key} ({a!r} there, {b!r} now)"]
+
+
+def write_run_folder(plan: Plan, run: RunDir) -> None:
+    if not run.recipe.exists():
+        write_atomic(run.recipe, dump_recipe(plan.recipe))
+    write_atomic(run.plan, plan.to_json())
+
+
+def _run(command: list[str], env: dict[str, str], log: IO[bytes]) -> int:
+    """Run to the end. The first Ctrl-C or SIGTERM asks the ranks to save and stop, the second one kills them."""
+    # Its own session: the terminal's Ctrl-C would reach mpirun directly, which kills without saving.
+    process = subprocess.Popen(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    )
+    asked = False
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        process.send_signal(signal.SIGTERM if asked else STOP_SIGNAL)
+        if not asked:
+            print("stopping after this step and saving; once more to kill", flush=True)
+        asked = True
+
+    before = {n: signal.signal(n, on_signal) for n in (signal.SIGINT, signal.SIGTERM, STOP_SIGNAL)}
+    try:
+        assert process.stdout is not None
+        held = b""
+        while chunk := os.read(process.stdout.fileno(), _CHUNK_BYTES):
+            log.write(chunk)
+            log.flush()
+            shown, held = without_notice(held + chunk)
+            sys.stdout.buffer.write(shown)
+            sys.stdout.buffer.flush()
+        sys.stdout.buffer.write(held)
+        code = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return code if code >= 0 else 128 - code
+
+
+def without_notice(output: bytes) -> tuple[bytes, bytes]:
+    """Split output of mpirun into what to show now and what to hold back until more has come.
+
+    Drops the notice "prterun detected that one or more processes exited"; any other text passes.
+    """
+    before, rule, after = output.partition(_RULE)
+    if not rule:
+        # The beginning of a rule may be all that has arrived so far.
+        cut = output.rfind(b"\n") + 1
+        return (output[:cut], output[cut:]) if output[cut:].startswith(b"--") else (output, b"")
+    notice, end, rest = after.partition(_RULE)
+    if not end:
+        return before, rule + after
+    keep = b"" if b"prterun detected" in notice else rule + notice + end
+    shown, held = without_notice(rest)
+    return before + keep + shown, held
+
+
+def default_run_folder(recipe_name: str) -> Path:
+    return Path("runs") / recipe_name

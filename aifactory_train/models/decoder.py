@@ -1,0 +1,166 @@
+"""Our own decoder: Llama, Mistral and Qwen3, with the parameter names of their Hugging Face models.
+
+Because the names and shapes are the same, weights travel in both directions without a map.
+Shapes: B rows, T tokens, D width, N query heads, K key/value heads, H head width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from aifactory_train.models.attention import Mask, attend, build_mask
+from aifactory_train.models.loss import ChunkLoss, cross_entropy_sum
+from aifactory_train.models.parts import ModelParts, copy_into, local_tensor
+from aifactory_train.recipe.schema import Model
+
+
+def rope_frequencies(model: Model) -> Tensor:
+    """Angle per position of each rotated pair, float32, shape (H/2,). Llama-3 scaling as in its model card."""
+    exponent = torch.arange(0, model.head_size, 2, dtype=torch.float32) / model.head_size
+    freq_P = 1.0 / (model.rope_theta**exponent)
+    scaling = model.rope_scaling
+    if scaling is None:
+        return freq_P
+    wavelength_P = 2 * math.pi / freq_P
+    original = scaling.original_max_seq_len_tokens
+    span = scaling.high_freq_factor - scaling.low_freq_factor
+    smooth_P = ((original / wavelength_P - scaling.low_freq_factor) / span).clamp(0.0, 1.0)
+    return (1 - smooth_P) * freq_P / scaling.factor + smooth_P * freq_P
+
+
+def rotate(x_BNTH: Tensor, cos_BTP: Tensor, sin_BTP: Tensor) -> Tensor:
+    """Rotate pairs (i, i + H/2), as Hugging Face stores them; computed in float32."""
+    a, b = x_BNTH.float().chunk(2, dim=-1)
+    cos, sin = cos_BTP[:, None], sin_BTP[:, None]
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x_BNTH.dtype)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        width, head = model.hidden_size, model.head_size
+        self.head_size = head
+        self.q_proj = nn.Linear(width, model.n_heads * head, bias=False)
+        self.k_proj = nn.Linear(width, model.n_kv_heads * head, bias=False)
+        self.v_proj = nn.Linear(width, model.n_kv_heads * head, bias=False)
+        self.o_proj = nn.Linear(model.n_heads * head, width, bias=False)
+        self.q_norm = RMSNorm(head, model.norm_eps) if model.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(head, model.norm_eps) if model.qk_norm else nn.Identity()
+
+    def forward(self, x_BTD: Tensor, cos_BTP: Tensor, sin_BTP: Tensor, mask: Mask) -> Tensor:
+        split = (*x_BTD.shape[:2], -1, self.head_size)
+        q_BNTH = self.q_norm(self.q_proj(x_BTD).view(split)).transpose(1, 2)
+        k_BKTH = self.k_norm(self.k_proj(x_BTD).view(split)).transpose(1, 2)
+        v_BKTH = self.v_proj(x_BTD).view(split).transpose(1, 2)
+        y_BNTH = attend(rotate(q_BNTH, cos_BTP, sin_BTP), rotate(k_BKTH, cos_BTP, sin_BTP), v_BKTH, mask)
+        return self.o_proj(y_BNTH.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(model.hidden_size, model.ffn_size, bias=False)
+        self.up_proj = nn.Linear(model.hidden_size, model.ffn_size, bias=False)
+        self.down_proj = nn.Linear(model.ffn_size, model.hidden_size, bias=False)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+
+
+class Block(nn.Module):
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(model.hidden_size, model.norm_eps)
+        self.self_attn = Attention(model)
+        self.post_attention_layernorm = RMSNorm(model.hidden_size, model.norm_eps)
+        self.mlp = FeedForward(model)
+
+    def forward(self, x_BTD: Tensor, cos_BTP: Tensor, sin_BTP: Tensor, mask: Mask) -> Tensor:
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), cos_BTP, sin_BTP, mask)
+        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
+
+
+class _Trunk(nn.Module):
+    """Only here so that parameters are called `model.layers.0…`, as Hugging Face calls them."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(model.vocab_size, model.hidden_size)
+        self.layers = nn.ModuleList(Block(model) for _ in range(model.n_layers))
+        self.norm = RMSNorm(model.hidden_size, model.norm_eps)
+
+
+class Decoder(nn.Module):
+    """Built on any device, also "meta"; `init_weights` fills it."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self.shape = model
+        self.model = _Trunk(model)
+        self.lm_head = None if model.tied_embeddings else nn.Linear(model.hidden_size, model.vocab_size, bias=False)
+        self.chunk_loss = ChunkLoss()
+
+    def parts(self) -> ModelParts:
+        return ModelParts(root=self, blocks=list(self.model.layers), chunk_loss=self.chunk_loss)
+
+    def forward(
+        self,
+        input_BT: Tensor,
+        target_BT: Tensor | None = None,
+        document_BT: Tensor | None = None,
+        position_BT: Tensor | None = None,
+    ) -> Tensor:
+        """Summed loss over valid targets (float32 scalar), or logits (B, T, V) without targets."""
+        x_BTD = self.model.embed_tokens(input_BT)
+        cos_BTP, sin_BTP = self._rope(input_BT, position_BT)
+        mask = build_mask(document_BT)
+        for block in self.model.layers:
+            x_BTD = block(x_BTD, cos_BTP, sin_BTP, mask)
+        x_BTD = self.model.norm(x_BTD)
+        head_VD = self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        if target_BT is None:
+            return x_BTD @ head_VD.T
+        return cross_entropy_sum(x_BTD.flatten(0, 1), head_VD, target_BT.flatten(), self.chunk_loss)
+
+    def _rope(self, input_BT: Tensor, position_BT: Tensor | None) -> tuple[Tensor, Tensor]:
+        """cos and sin of every angle, float32, (B or 1, T, H/2)."""
+        if position_BT is None:
+            position_BT = torch.arange(input_BT.shape[1], device=input_BT.device)[None]
+        angle_BTP = position_BT[..., None].float() * rope_frequencies(self.shape).to(input_BT.device)
+        return angle_BTP.cos(), angle_BTP.sin()
+
+
+@torch.no_grad()
+def init_weights(decoder: Decoder, seed: int) -> None:
+    """Fill every parameter; each from its own generator, so the numbers do not depend on the number of ranks.
+
+    Matrices are normal with std `init_std`; those that write into the residual stream (o_proj, down_proj) are
+    scaled by 1/sqrt(2 * n_layers) (GPT-2, section 2.3); norms are 1.
+    """
+    std = decoder.shape.init_std
+    residual_std = std / math.sqrt(2 * decoder.shape.n_layers)
+    for name, parameter in decoder.named_parameters():
+        if parameter.ndim == 1:
+            parameter.fill_(1.0)
+            continue
+        device = local_tensor(parameter).device
+        digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+        generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        scale = residual_std if name.endswith(("o_proj.weight", "down_proj.weight")) else std
+        full = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+        copy_into(parameter, full.normal_(0.0, scale, generator=generator))

@@ -1,0 +1,41 @@
+"""What an engine is: it owns micro-batches, backward, clipping, optimizer and schedule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from aifactory_train.data.loader import Batch
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """Device tensors (scalars), so that a step needs no host sync.
+
+    loss_sum: summed loss of this rank's valid tokens. n_valid_tokens: of all ranks. grad_norm: of all ranks,
+    before clipping. lr: of the first parameter group.
+    """
+
+    loss_sum: Tensor
+    n_valid_tokens: Tensor
+    grad_norm: Tensor
+    lr: float
+
+
+class Engine(Protocol):
+    """All methods are collective: every rank of the run arrives."""
+
+    def rehearse(self, batch: Batch) -> None:
+        """One forward and backward that changes nothing: compiles, and finds out-of-memory before step 1."""
+
+    def train_step(self, batch: Batch, step: int) -> StepStats:
+        """Optimizer step number `step` (from 1) on this rank's rows of the global batch."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Sharded tensors under "model" and "optim", keyed by parameter name."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+    def close(self) -> None: ...

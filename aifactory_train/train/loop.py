@@ -1,0 +1,68 @@
+"""The training loop. Read it from top to bottom: this is all there is."""
+
+from __future__ import annotations
+
+import signal
+import time
+
+from aifactory_train.errors import Interrupted
+from aifactory_train.faults.guard import check_finite
+from aifactory_train.rundir import log_event
+from aifactory_train.train.setup import Run
+from aifactory_train.units import format_count
+
+
+def train(run: Run) -> None:
+    """Train from the step after `run.first_step` to the token budget, or until a signal asks to stop.
+
+    Raises:
+        Interrupted: after everything up to the last step has been saved.
+    """
+    recipe, model = run.plan.recipe, run.plan.recipe.model.model_dump(mode="json")
+    n_steps, log_every, save_every = recipe.n_steps, recipe.metrics.log_every_steps, recipe.checkpoint.every_steps
+    t0_s = time.monotonic()
+    wait_s = run.loader.wait_s
+    stopped_by = 0
+    run.meter.start_window()
+
+    for step, batch in enumerate(run.loader.batches(run.first_step), start=run.first_step + 1):
+        if step > n_steps:
+            break
+        stats = run.engine.train_step(batch, step)
+        run.meter.add(stats.loss_sum, stats.n_valid_tokens)
+
+        stopped_by = run.stop.at_step_boundary()
+        last = step == n_steps or stopped_by != 0
+        save = last or step % save_every == 0
+        # Before each save the numbers are looked at, so that a broken state is never committed.
+        if save or step % log_every == 0 or step == run.first_step + 1:
+            row = run.meter.row(step, stats.grad_norm, stats.lr, run.loader.wait_s - wait_s)
+            wait_s = run.loader.wait_s
+            check_finite(row)
+            if run.sinks is not None:
+                run.sinks.write(row)
+        if save:
+            with run.meter.stalled():
+                run.checkpoints.save(step, row["tokens"], run.state_dict(), model)
+        if last:
+            break
+
+    run.checkpoints.wait()
+    if stopped_by:
+        _report_stop(run, step, stopped_by)
+    if run.sinks is not None:
+        log_event(run.folder, "finish", step=n_steps, wall_s=round(time.monotonic() - t0_s, 3))
+        run.sinks.note(f"finished: step {n_steps}, {format_count(n_steps * recipe.train.global_batch_tokens)} tokens")
+
+
+def _report_stop(run: Run, step: int, number: int) -> None:
+    name = signal.Signals(number).name
+    if run.sinks is not None:
+        log_event(run.folder, "stop", step=step, signal=name)
+    stopped = Interrupted(
+        f"stopped by {name} after step {step}; everything up to there is saved",
+        where=str(run.folder.checkpoints),
+        do="launch again: it resumes at that step",
+    )
+    stopped.on_every_rank = True
+    raise stopped

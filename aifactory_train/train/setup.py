@@ -1,0 +1,183 @@
+"""From a run folder to a Run: everything that the loop needs, built in one visible order."""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from aifactory_train.checkpoint.dcp import rng_state, set_rng_state, stored_tensors
+from aifactory_train.checkpoint.export import load_huggingface
+from aifactory_train.checkpoint.manager import CheckpointManager, Commit, step_folder
+from aifactory_train.data.loader import Loader
+from aifactory_train.data.shards import Prepared, check_fits_model, load_prepared
+from aifactory_train.faults.signals import StopAgreement
+from aifactory_train.metrics.meter import Meter
+from aifactory_train.metrics.sinks import Sinks
+from aifactory_train.models.decoder import Decoder, init_weights
+from aifactory_train.parallel.apply import apply_parallelism
+from aifactory_train.parallel.mesh import build_mesh
+from aifactory_train.plan.plan import Plan, load_plan
+from aifactory_train.results.provenance import provenance
+from aifactory_train.rundir import RunDir, log_event, read_jsonl
+from aifactory_train.train.engine import Engine
+from aifactory_train.train.engine_torch import TorchEngine
+from aifactory_train.train.ranks import RENDEZVOUS_TIMEOUT_S, Ranks, check_world_size, join
+from aifactory_train.units import format_bytes, format_count, format_seconds
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the loop works with. `first_step` steps are done already; `sinks` is None except on rank 0."""
+
+    folder: RunDir
+    plan: Plan
+    ranks: Ranks
+    engine: Engine
+    loader: Loader
+    meter: Meter
+    sinks: Sinks | None
+    checkpoints: CheckpointManager
+    stop: StopAgreement
+    first_step: int
+
+    def state_dict(self) -> dict[str, Any]:
+        """Model, optimizer and random states; the step is in the commit, and it is all that the data needs."""
+        return {**self.engine.state_dict(), "rng": rng_state(self.ranks.rank)}
+
+    def close(self) -> None:
+        self.stop.close()
+        self.engine.close()
+        if self.sinks is not None:
+            self.sinks.close()
+
+
+def build_run(root: Path, ranks: Ranks, bar: bool = False, timeout_s: float = RENDEZVOUS_TIMEOUT_S) -> Run:
+    """Read plan.json and build the run. Collective: all ranks arrive.
+
+    Args:
+        root: the run folder, with plan.json.
+        bar: draw a progress bar on rank 0 instead of lines.
+        timeout_s: how long ranks wait for each other at the start.
+    """
+    folder = RunDir(root)
+    plan = load_plan(folder.plan)
+    check_world_size(ranks, plan.layout.world_size)
+    device = pick_device(plan, ranks)
+    torch.set_num_threads(plan.layout.threads_per_rank)
+    join(ranks, device, timeout_s)
+    torch.manual_seed(plan.recipe.train.seed + ranks.rank)
+
+    prepared = load_prepared(plan.recipe.data)
+    check_fits_model(prepared.manifest, plan.recipe.model.vocab_size)
+    attempt = 1 + sum(e["event"] == "start" for e in read_jsonl(folder.events))
+    notes: list[str] = []
+
+    def committed(commit: Commit, seconds: float) -> None:
+        log_event(folder, "commit", step=commit.step, seconds=round(seconds, 3), bytes=commit.n_bytes)
+
+    every = plan.recipe.checkpoint
+    checkpoints = CheckpointManager(folder.checkpoints, every.keep, every.asynchronous, committed)
+    checkpoints.together(lambda: prepared.verify(ranks.rank, ranks.world_size))
+    commit = checkpoints.latest()
+    engine = build_engine(plan, device, fresh=commit is None)
+    if commit is not None:
+        resume(plan, ranks, engine, checkpoints, commit)
+        notes.append(f"resumed at step {commit.step} from {step_folder(folder.checkpoints, commit.step)}")
+    loader = build_loader(plan, ranks, prepared, pin_memory=device.type == "cuda")
+    first_step = commit.step if commit else 0
+    if first_step < plan.recipe.n_steps:
+        engine.rehearse(next(iter(loader.batches(first_step))))
+    sinks = None
+    hosts = _hosts(ranks)
+    if ranks.rank == 0:
+        _log_start(folder, plan, prepared, hosts, device, attempt, first_step)
+        sinks = Sinks(folder, plan, first_step, bar)
+        for note in [_headline(plan, device), prepared.describe(), *notes]:
+            sinks.note(note)
+    meter = Meter(plan, device, attempt)
+    return Run(folder, plan, ranks, engine, loader, meter, sinks, checkpoints, StopAgreement(), first_step)
+
+
+def pick_device(plan: Plan, ranks: Ranks) -> torch.device:
+    """The device of this rank: its GPU, or the CPU where the plan's machine has none."""
+    if plan.machine.device.kind == "cpu":
+        return torch.device("cpu")
+    # A launcher that shows each rank only its own GPU makes it number 0 everywhere.
+    index = ranks.local_rank if torch.cuda.device_count() > 1 else 0
+    device = torch.device("cuda", index)
+    torch.cuda.set_device(device)
+    return device
+
+
+def build_engine(plan: Plan, device: torch.device, fresh: bool) -> TorchEngine:
+    """Meta device, axes, memory, weights: in this order, so that no rank ever holds a whole model.
+
+    Args:
+        fresh: fill the weights (random or `model.init_from`); otherwise a checkpoint will.
+    """
+    recipe = plan.recipe
+    mesh = build_mesh(plan.layout, device.type)
+    with torch.device("meta"):
+        decoder = Decoder(recipe.model)
+    apply_parallelism(decoder.parts(), mesh, plan.layout, recipe.train.compile)
+    decoder.to_empty(device=device)
+    if fresh and recipe.model.init_from:
+        load_huggingface(decoder, Path(recipe.model.init_from))
+    elif fresh:
+        init_weights(decoder, recipe.train.seed)
+    return TorchEngine(plan, decoder.parts(), device)
+
+
+def build_loader(plan: Plan, ranks: Ranks, prepared: Prepared, pin_memory: bool) -> Loader:
+    recipe = plan.recipe
+    rows = recipe.global_batch_rows
+    return Loader(prepared, recipe.data, recipe.train.seed, rows, ranks.rank, ranks.world_size, pin_memory=pin_memory)
+
+
+def resume(plan: Plan, ranks: Ranks, engine: Engine, checkpoints: CheckpointManager, commit: Commit) -> None:
+    """Load a commit, written by any number of ranks. A rank that was not there keeps its seeded random state."""
+    stored = stored_tensors(step_folder(checkpoints.folder, commit.step))
+    rng = {k: v for k, v in rng_state(ranks.rank).items() if f"rng.{k}" in stored}
+    state = {**engine.state_dict(), "rng": rng}
+    checkpoints.load(commit, state, plan.recipe.model.model_dump(mode="json"))
+    engine.load_state_dict(state)
+    if rng:
+        set_rng_state(rng, ranks.rank)
+
+
+def _hosts(ranks: Ranks) -> list[str]:
+    hosts: list[Any] = [None] * ranks.world_size
+    dist.all_gather_object(hosts, socket.gethostname())
+    return sorted(set(hosts))
+
+
+def _log_start(
+    folder: RunDir, plan: Plan, prepared: Prepared, hosts: list[str], device: torch.device, attempt: int, step: int
+) -> None:
+    log_event(
+        folder,
+        "start",
+        attempt=attempt,
+        step=step,
+        world_size=plan.layout.world_size,
+        hosts=hosts,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        unigram_entropy_nats=prepared.unigram_entropy_nats(),
+        n_parameters=plan.shape.n_parameters,
+        provenance=provenance(),
+    )
+
+
+def _headline(plan: Plan, device: torch.device) -> str:
+    layout, predicted = plan.layout, plan.predicted
+    return (
+        f"{plan.recipe.name}: {format_count(plan.shape.n_parameters)} parameters, {layout.world_size} ranks on "
+        f"{device.type}, {layout.precision}, {layout.accumulation} x {layout.micro_batch_rows} rows a rank; "
+        f"predicted: peak {format_bytes(predicted.peak_memory_bytes)}, "
+        f"step {format_seconds(predicted.total_step_time_s)}, run {format_seconds(predicted.run_time_s)}"
+    )
