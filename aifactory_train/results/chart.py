@@ -11,6 +11,7 @@ Point = tuple[float, float]
 
 # More points than a wide screen has columns cannot be seen.
 MAX_POINTS = 800
+MAX_DOTS = 40
 # From this many points on, a running mean is drawn over the faint raw curve.
 SMOOTH_FROM_POINTS = 60
 
@@ -89,10 +90,12 @@ def build_chart(
         smooth=path(running_mean(points)) if len(points) >= SMOOTH_FROM_POINTS else "",
         n_points=len(thin(points)),
         levels=[Level(name, y_place(value)) for name, value in known.items()],
-        x_ticks=[Tick(x_place(x), f"{x:,.0f}") for x in x_values if x <= x_high and float(x).is_integer()],
+        x_ticks=[
+            Tick(x_place(x), f"{x:,.0f}" if x else "step 0") for x in x_values if x <= x_high and float(x).is_integer()
+        ],
         y_ticks=[Tick(y_place(y), _short(label(y))) for y in y_values],
         marks=[Tick(x_place(s), f"attempt {a}") for a, s in (resumes or {}).items() if 0 < s <= x_high],
-        dots=[x_place(s) for s in steps[:: max(1, len(steps) // 100)]],
+        dots=[x_place(s) for s in steps[:: max(1, len(steps) // MAX_DOTS)]],
     )
 
 

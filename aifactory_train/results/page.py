@@ -22,11 +22,12 @@ h2 { font-size: 19px; font-weight: 620; margin: 44px 0 14px; letter-spacing: -0.
 h3 { font-size: 15px; font-weight: 620; margin: 0; }
 p { margin: 0; }
 .soft { color: var(--soft); } .small { font-size: 13.5px; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(158px, 1fr)); gap: 12px; }
+.tiles { display: grid; grid-template-columns: repeat(3, 1fr); gap: 12px; }
 .tile, .card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
 .tile { padding: 14px 16px; }
 .tile b { display: block; font-size: 23px; font-weight: 620; line-height: 1.25; margin: 2px 0;
   letter-spacing: -0.01em; }
+.tile b small { font-size: 15px; font-weight: 500; color: var(--soft); letter-spacing: 0; }
 .card { padding: 18px 20px; min-width: 0; }
 .grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 14px; }
 .grid.charts { margin-top: 14px; }
@@ -103,7 +104,7 @@ ul { margin: 12px 0 0; padding-left: 20px; font-size: 14.5px; }
 {% macro bars(title, rows, total) %}
 <div class="card"><h3 style="margin-bottom:10px">{{ title }}</h3>
 {% for name, text, percent in rows %}
-<div class="bar"><span>{{ name }}</span><div><div style="width:{{ percent }}%"></div></div>
+<div class="bar"><span>{{ name }}</span><div>{% if percent %}<div style="width:{{ percent }}%"></div>{% endif %}</div>
 <span class="num">{{ text }}</span></div>
 {% endfor %}
 <div class="total"><span>{{ total[0] }}</span><span>{{ total[1] }}</span></div></div>
@@ -116,8 +117,8 @@ ul { margin: 12px 0 0; padding-left: 20px; font-size: 14.5px; }
 <main>
 <header><h1>{{ title }}</h1><p class="soft">{{ subtitle }}</p></header>
 <section class="tiles">
-{% for name, value, under in tiles %}
-<div class="tile"><span class="soft small">{{ name }}</span><b>{{ value }}</b>
+{% for name, (value, unit), under in tiles %}
+<div class="tile"><span class="soft small">{{ name }}</span><b>{{ value }} <small>{{ unit }}</small></b>
 <span class="soft small">{{ under }}</span></div>
 {% endfor %}
 </section>

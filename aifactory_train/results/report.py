@@ -34,7 +34,7 @@ def write_report(run: RunDir) -> Path:
         subtitle=_subtitle(result, plan),
         tiles=_tiles(result),
         charts=_charts(result, rows, events),
-        compared=[_compared(name, pair, show) for name, pair, show in _pairs(result)],
+        compared=[_compared(*row) for row in _pairs(result) if row[1] != Pair(predicted=None, measured=None)],
         notes=plan.notes,
         memory=_bars(plan.predicted.memory_bytes, units.format_bytes),
         memory_total=("peak", units.format_bytes(plan.predicted.peak_memory_bytes)),
@@ -76,23 +76,30 @@ def _subtitle(result: Result, plan: Plan) -> str:
     return f"{parameters} parameters · {ranks} on {device} · {plan.layout.precision} · {day}{state}"
 
 
-def _tiles(result: Result) -> list[tuple[str, str, str]]:
+def _tiles(result: Result) -> list[tuple[str, tuple[str, str], str]]:
     wait = units.format_fraction(result.data_wait_frac)
     attempts = f"{len(result.attempts)} attempt" + ("s" if len(result.attempts) > 1 else "")
-    rate = f"{units.format_flops_per_s(result.model_flops_per_s)} per device"
-    mfu, unknown_peak = result.mfu_frac.measured, "MFU unknown: no peak in the machine file"
-    return [
+    mfu, peak = result.mfu_frac.measured, result.memory_peak_bytes
+    unknown_peak = "per device; MFU unknown, the machine file has no peak"
+    tiles = [
         ("Final loss", units.format_nats(result.loss_final_nats), _loss_beside(result)),
         ("Throughput", _rate(result.tokens_per_s.measured), _predicted(result.tokens_per_s, _rate)),
-        ("Model FLOP rate", rate, unknown_peak if mfu is None else f"MFU {units.format_fraction(mfu)}"),
         (
-            "Memory peak",
-            units.format_bytes(result.memory_peak_bytes.measured),
-            _predicted(result.memory_peak_bytes, units.format_bytes),
+            "Model FLOP rate",
+            units.format_flops_per_s(result.model_flops_per_s),
+            unknown_peak if mfu is None else f"per device, MFU {units.format_fraction(mfu)}",
         ),
-        ("Tokens", units.format_count(result.tokens), f"{result.last_step} of {result.planned_steps} steps"),
+        ("Memory peak per rank", units.format_bytes(peak.measured), _predicted(peak, units.format_bytes)),
+        ("Tokens", units.format_count(result.tokens), f"{result.last_step:,} of {result.planned_steps:,} steps"),
         ("Wall time", units.format_seconds(result.wall_time_s), f"{attempts}, {wait} of it waiting for data"),
     ]
+    return [(name, _number_and_unit(value), under) for name, value, under in tiles]
+
+
+def _number_and_unit(printed: str) -> tuple[str, str]:
+    """ "12.0 k tokens/s" -> ("12.0", "k tokens/s"); what holds two numbers stays whole."""
+    number, _, unit = printed.partition(" ")
+    return (printed, "") if any(c.isdigit() for c in unit) else (number, unit)
 
 
 def _rate(tokens_per_s: float | None) -> str:
