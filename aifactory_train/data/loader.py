@@ -62,11 +62,11 @@ class Loader:
         pin_memory: bool = False,
     ) -> None:
         if global_batch_rows % world_size:
+            nearest_rows = -(-global_batch_rows // world_size) * world_size
             raise DataError(
                 f"{global_batch_rows} rows of a step cannot be cut evenly over {world_size} data-parallel ranks",
                 where="train.global_batch_tokens",
-                do=f"--set train.global_batch_tokens={-(-global_batch_rows // world_size) * world_size} times "
-                f"seq_len_tokens = {-(-global_batch_rows // world_size) * world_size * data.seq_len_tokens}",
+                do=f"--set train.global_batch_tokens={nearest_rows * data.seq_len_tokens}",
             )
         self._streams, self._eos_id = prepared.streams, prepared.manifest.eos_id
         self._seq_len_tokens, self._document_mask = data.seq_len_tokens, data.document_mask

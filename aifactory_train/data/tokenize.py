@@ -6,6 +6,8 @@ stays finished. Units depend on the documents alone, never on the number of work
 
 from __future__ import annotations
 
+import errno
+import json
 import multiprocessing
 import os
 import re
@@ -42,9 +44,11 @@ PIECE_CHARS = 1 << 20  # `tokenizers` needs about 140 bytes of memory per byte o
 PIECE_SLACK_CHARS = 1 << 16
 REPORT_EVERY_DOCUMENTS = 16
 POLL_S = 0.2
+REDO = "mend the folder that data.tokenizer.path names, delete the prepared folder, and run prepare again"
 
-# One newline between two words: byte-level pre-tokenizers cut there anyway, so that a cut changes no token.
-_SAFE_CUT = re.compile(r"(?<=\S)\n(?=\S)")
+# Before a single space, or after a single newline, between words: byte-level pre-tokenizers (GPT-2's, Llama 3's)
+# cut there anyway, so that a cut changes no token.
+_SAFE_CUT = re.compile(r"(?<=\S)(?= \S)|(?<=\S)\n(?=\S)")
 
 
 @dataclass(frozen=True)
@@ -123,11 +127,13 @@ def copy_tokenizer(path: str, folder: Path) -> None:
 
 def load_tokenizer(folder: Path) -> TokenizerInfo:
     """Read back what `train_tokenizer` or `copy_tokenizer` saved."""
-    from transformers import AutoTokenizer
-
-    eos_id = AutoTokenizer.from_pretrained(folder, local_files_only=True).eos_token_id
-    ids = load_encoder(folder / "tokenizer.json").get_vocab(with_added_tokens=True).values()
-    return TokenizerInfo(folder, max(ids) + 1, eos_id, file_sha256(folder / "tokenizer.json"))
+    encoder = load_encoder(folder / "tokenizer.json")
+    eos = json.loads((folder / "tokenizer_config.json").read_text())["eos_token"]
+    eos_id = encoder.token_to_id(eos if isinstance(eos, str) else eos["content"])
+    if eos_id is None:
+        raise DataError(f"the tokenizer in {folder} does not know its own eos token {eos}", where=str(folder), do=REDO)
+    vocab_size = max(encoder.get_vocab(with_added_tokens=True).values()) + 1
+    return TokenizerInfo(folder, vocab_size, eos_id, file_sha256(folder / "tokenizer.json"))
 
 
 def load_encoder(file: Path) -> tokenizers.Tokenizer:
@@ -180,7 +186,12 @@ def _save(tokenizer: Any, folder: Path) -> None:
     """Save under a temporary name first, so that a folder with the right name is whole."""
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    tokenizer.save_pretrained(temporary)
+    try:
+        tokenizer.save_pretrained(temporary)
+    except Exception as error:
+        if f"(os error {errno.ENOSPC})" in str(error):  # how Rust says it: `tokenizers` raises a bare Exception
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(temporary)) from error
+        raise
     fsync_folder(temporary)
     os.replace(temporary, folder)
     fsync_folder(folder.parent)
