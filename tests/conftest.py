@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from training_runs import aifactory, write_corpus, write_recipe
 
 ORDER = ("test_house.py", "test_promises.py", "unit", "golden", "cpu", "parity", "slurm", "gpu")
 
@@ -26,3 +27,13 @@ def _has_gpu() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+@pytest.fixture(scope="session")
+def words(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A small corpus, prepared once: keyword arguments for `write_recipe`."""
+    folder = tmp_path_factory.mktemp("words")
+    paths = {"corpus": write_corpus(folder), "prepared": folder / "prepared"}
+    done = aifactory("prepare", write_recipe(folder, **paths))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return paths

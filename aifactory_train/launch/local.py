@@ -119,7 +119,7 @@ def without_notice(output: bytes) -> tuple[bytes, bytes]:
     if not rule:
         # The beginning of a rule may be all that has arrived so far.
         cut = output.rfind(b"\n") + 1
-        return (output[:cut], output[cut:]) if output[cut:].startswith(b"--") else (output, b"")
+        return (output[:cut], output[cut:]) if _RULE.startswith(output[cut:]) else (output, b"")
     notice, end, rest = after.partition(_RULE)
     if not end:
         return before, rule + after

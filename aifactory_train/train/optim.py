@@ -104,5 +104,6 @@ def orthogonalize(matrix: Tensor, precision: torch.dtype) -> Tensor:
     x = x / x.norm().clamp(min=NEWTON_SCHULZ_EPS)
     for _ in range(NEWTON_SCHULZ_STEPS):
         gram = x @ x.T
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        # addmm rounds once where `+` and `@` would round twice, which in bf16 is seen.
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.T if tall else x

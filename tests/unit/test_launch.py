@@ -1,0 +1,67 @@
+"""The mpirun command, the variables of the ranks, and what of mpirun's output is shown."""
+
+import sys
+
+import pytest
+from results_run import a_plan
+
+from aifactory_train.errors import MachineError, RunFolderError
+from aifactory_train.launch import env
+from aifactory_train.launch.local import check_run_folder, without_notice, write_run_folder
+from aifactory_train.launch.mpi import find_mpirun, mpirun_command
+from aifactory_train.machine.machine import Mpi
+from aifactory_train.rundir import RunDir
+
+RULE = b"-" * 74 + b"\n"
+NOTICE = RULE + b"prterun detected that one or more processes exited with non-zero status,\n  Exit code: 2\n" + RULE
+
+
+def test_mpiruns_notice_is_dropped_and_all_else_passes():
+    assert without_notice(b"a\n" + NOTICE + b"b\n") == (b"a\nb\n", b"")
+    other = RULE + b"There are not enough slots available\n" + RULE
+    assert without_notice(b"a\n" + other) == (b"a\n" + other, b"")
+    assert without_notice(b"\rstep 3/9") == (b"\rstep 3/9", b""), "a progress bar has no line end"
+
+
+def test_a_notice_that_arrives_in_pieces_is_dropped_too():
+    text = b"error\n" + NOTICE + b"end\n"
+    for cut in range(len(text)):
+        shown, held = without_notice(text[:cut])
+        more, left = without_notice(held + text[cut:])
+        assert shown + more + left == b"error\nend\n", cut
+
+
+def test_every_variable_of_a_rank_has_a_reason_and_the_users_own_value_wins(monkeypatch):
+    plan = a_plan()
+    assert all(v.why for v in env.rank_variables(plan))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert env.rank_environment(plan)["OMP_NUM_THREADS"] == str(plan.layout.threads_per_rank)
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert env.rank_environment(plan)["OMP_NUM_THREADS"] == "7"
+
+
+def test_the_embedded_mpirun_lies_beside_our_python_and_a_sites_is_looked_up():
+    machine = a_plan().machine
+    assert find_mpirun(machine).startswith(sys.prefix)
+    site = machine.model_copy(update={"mpi": Mpi(kind="site", mpirun="/bin/true")})
+    assert mpirun_command(site, 3, ["x"])[:3] == ["/bin/true", "-n", "3"]
+    gone = machine.model_copy(update={"mpi": Mpi(kind="site", mpirun="no-such-mpirun")})
+    with pytest.raises(MachineError, match="no-such-mpirun"):
+        find_mpirun(gone)
+
+
+def test_a_run_folder_of_another_recipe_is_refused_by_key(tmp_path):
+    plan, run = a_plan(), RunDir(tmp_path / "run")
+    check_run_folder(plan, run)
+    write_run_folder(plan, run)
+    check_run_folder(plan, run)
+    optim = plan.recipe.optim.model_copy(update={"lr": 0.5})
+    other = plan.model_copy(update={"recipe": plan.recipe.model_copy(update={"optim": optim})})
+    with pytest.raises(RunFolderError, match=r"optim\.lr"):
+        check_run_folder(other, run)
+
+
+def test_a_folder_with_foreign_files_is_not_taken_for_a_run(tmp_path):
+    (tmp_path / "thesis.txt").write_text("keep me")
+    with pytest.raises(RunFolderError, match="holds files but no run"):
+        check_run_folder(a_plan(), RunDir(tmp_path))
