@@ -13,7 +13,7 @@ FIT_FRAC = 0.9
 _MIB = 1024**2
 # Python, torch and its kernels: on a CPU the resident size after `import torch` and one step (2.13, x86-64); on a
 # GPU its context (CUDA 12 on A100 and H100).
-RUNTIME_BYTES = {"cpu": 350 * _MIB, "cuda": 600 * _MIB, "rocm": 600 * _MIB}
+RUNTIME_BYTES = {"cpu": 400 * _MIB, "cuda": 600 * _MIB, "rocm": 600 * _MIB}
 # Buffers of the collectives: Gloo pairs on a CPU; NCCL and RCCL take 4 MiB per channel, peer and protocol.
 COMMUNICATOR_BYTES = {"cpu": 32 * _MIB, "cuda": 512 * _MIB, "rocm": 512 * _MIB}
 
@@ -27,6 +27,7 @@ def estimate_memory_bytes(recipe: Recipe, machine: Machine, layout: Layout) -> d
     kept = shape.Kept(layout.precision, kind, recipe.data.document_mask)
     # Micro-batches before the last add up their gradients unsharded, in the precision of the reduction.
     gradients_bytes = n_all * shape.BYTES["fp32"] if layout.accumulation > 1 else n_working * size
+    state_bytes = _shard(n_all, layout) * shape.BYTES["fp32"] + optimizer_state_bytes(recipe, layout)
     rows, tokens = layout.micro_batch_rows, recipe.data.seq_len_tokens
     return {
         "parameters": _shard(n_all, layout) * shape.BYTES["fp32"],
@@ -36,6 +37,8 @@ def estimate_memory_bytes(recipe: Recipe, machine: Machine, layout: Layout) -> d
         "unsharded_gradients": gradients_bytes,
         "activations": shape.activation_bytes(model, rows, tokens, kept),
         "loss_chunk": shape.loss_chunk_bytes(model, rows, tokens, layout.precision),
+        # An asynchronous save writes from a copy in host memory, which on a CPU is the device's.
+        "checkpoint_copy": state_bytes if kind == "cpu" and recipe.checkpoint.asynchronous else 0,
         "communicators": COMMUNICATOR_BYTES[kind] if layout.world_size > 1 else 0,
         "runtime": RUNTIME_BYTES[kind],
     }

@@ -157,6 +157,8 @@ def test_states_shrink_with_the_ranks_and_muon_needs_one_moment_for_the_matrices
     n = 2_361_024
     assert one["parameters"] == one["gradients"] == 4 * n and one["optimizer_state"] == 8 * n
     assert four["parameters"] == n
+    assert one["checkpoint_copy"] == 12 * n
+    assert make_plan(load_recipe(DEMO), gpus()).predicted.memory_bytes["checkpoint_copy"] == 0
     muon = make_plan(load_recipe(DEMO, ["optim.name=muon"]), cpu()).predicted.memory_bytes
     matrices = 4 * (192 * 192 * 2 + 192 * 64 * 2 + 3 * 192 * 512)
     assert muon["optimizer_state"] == 8 * n - 4 * matrices
