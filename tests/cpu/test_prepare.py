@@ -297,10 +297,12 @@ def test_a_truncated_or_missing_shard_is_refused_by_name_and_prepare_mends_it(co
     victim.unlink()
     with pytest.raises(DataError, match=f"one/shard-00001{suffix} is missing"):
         load_prepared(copy)
+    left_over = victim.with_name(f".{victim.name}.4711.tmp")  # by a prepare that was killed while it wrote
+    left_over.write_bytes(b"half")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokenize, "UNIT_TEXT_BYTES", UNIT_TEXT_BYTES)
         prepare(copy)
-    assert victim.read_bytes() == good
+    assert victim.read_bytes() == good and not left_over.exists()
     load_prepared(copy).verify()
 
 

@@ -69,7 +69,7 @@ def test_order_is_the_same_on_every_machine_and_version() -> None:
     ]
 
 
-@pytest.mark.parametrize("weights", [[1.0], [0.7, 0.3], [5.0, 3.0, 1.5, 0.01], [1 / 3, 1 / 3, 1 / 3]])
+@pytest.mark.parametrize("weights", [[1.0], [0.7, 0.3], [5.0, 3.0, 1.5, 0.01], [1.0] * 7])
 def test_every_window_of_slots_holds_the_weights_to_within_one_slot(weights: list[float]) -> None:
     names = [f"s{i}" for i in range(len(weights))]
     order = Order(1, names, weights, [1000] * len(weights))
