@@ -48,7 +48,7 @@ class AifactoryError(Exception):
             lines.append(f"  do:    {self.do}")
         return "\n".join(lines)
 
-    def __reduce__(self):  # so that a worker process can hand it to its parent
+    def __reduce__(self) -> tuple[object, ...]:  # so that a worker process can hand it to its parent
         return _rebuild, (type(self), self.what, self.where, self.do)
 
 
