@@ -36,10 +36,10 @@ for _tag, _pattern, _first in (
 
 
 def configs_dir() -> Path:
-    """`configs/` of the checkout, or the copy inside the installed package."""
-    package = Path(__file__).resolve().parent.parent
-    checkout = package.parent / "configs"
-    return checkout if checkout.is_dir() else package / "configs"
+    """The copy inside the installed package, or `configs/` of the checkout."""
+    package = Path(__file__).resolve().parent
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.parent / "configs"
 
 
 def read_yaml(path: Path, origins: dict[Key, str], error_class: type[UserError]) -> dict[str, Any]:

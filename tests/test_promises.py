@@ -84,6 +84,10 @@ def test_a_wheel_carries_the_configs_and_the_launchers(tmp_path: Path) -> None:
     wanted |= {p.relative_to(ROOT).as_posix() for p in (ROOT / "aifactory_train").rglob("*.py")}
     assert "aifactory_train/configs/recipes/demo.yaml" in wanted
     assert wanted <= inside, f"not in the wheel: {sorted(wanted - inside)}"
+    zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
+    code = "from aifactory_train.strictyaml import configs_dir; print(configs_dir())"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path / "installed")
+    assert found.stdout.strip() == str(tmp_path / "installed" / "aifactory_train" / "configs"), found.stderr
     if (ROOT / ".git").exists():
         commit = zipfile.ZipFile(wheel).read("aifactory_train/_commit.txt").decode()
         assert re.fullmatch(r"[0-9a-f]{40}(\+dirty)?\n", commit)
