@@ -1,15 +1,15 @@
 """The run folder: every file name that launch, train and results share, how files are written, and the signal.
 
-    RUN/
-      recipe.yaml            the resolved recipe; a second launch must bring the same
-      plan.json              all that training reads
-      attempts/001/          one folder per launch: command, log of the ranks
-      metrics.jsonl          one JSON object per log line, appended by rank 0
-      events.jsonl           starts, resumes, commits, stops, faults
-      checkpoints/step-N/    sharded state; exists only when it holds COMMIT
-      export/                Hugging Face folder of the newest commit
-      result.json            predicted beside measured
-      report.html
+RUN/
+  recipe.yaml            the resolved recipe; a second launch must bring the same
+  plan.json              all that training reads
+  attempts/001/          one folder per launch: command, log of the ranks
+  metrics.jsonl          one JSON object per log line, appended by rank 0
+  events.jsonl           starts, resumes, commits, stops, faults
+  checkpoints/step-N/    sharded state; exists only when it holds COMMIT
+  export/                Hugging Face folder of the newest commit
+  result.json            predicted beside measured
+  report.html
 """
 
 from __future__ import annotations

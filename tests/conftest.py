@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from training_runs import aifactory, write_corpus, write_recipe
 
 ORDER = ("test_house.py", "test_promises.py", "unit", "golden", "cpu", "parity", "slurm", "gpu")

@@ -14,7 +14,27 @@ import yaml
 
 from aifactory_train.rundir import RunDir, read_jsonl
 
-WORDS = "the ranks of a run read rows of tokens and write the loss that the model made of them".split()
+WORDS = [
+    "the",
+    "ranks",
+    "of",
+    "a",
+    "run",
+    "read",
+    "rows",
+    "of",
+    "tokens",
+    "and",
+    "write",
+    "the",
+    "loss",
+    "that",
+    "the",
+    "model",
+    "made",
+    "of",
+    "them",
+]
 MODEL = {
     "family": "llama",
     "vocab_size": 512,

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from aifactory_train.metrics.names import METRICS
-from aifactory_train.plan.plan import Plan
+from aifactory_train.plan.plan import Plan, peak_flops_per_s
 
 
 class Meter:
@@ -23,7 +23,7 @@ class Meter:
         self.world_size = plan.layout.world_size
         self.batch_tokens = plan.recipe.train.global_batch_tokens
         self.flops_per_token = plan.shape.model_flops_per_token
-        self.peak_flops_per_s = getattr(plan.machine.device.peak_flops_per_s, plan.layout.precision)
+        self.peak_flops_per_s = peak_flops_per_s(plan)
         self.start_window()
 
     def start_window(self) -> None:
@@ -55,7 +55,7 @@ class Meter:
         loss, norm, wait_s, memory = packed.tolist()
         elapsed_s = time.perf_counter() - self._t0_s
         step_time_s = (elapsed_s - self._stall_s) / self._n_steps
-        flops_per_s = self.batch_tokens * self.flops_per_token / step_time_s / self.world_size
+        flops_per_s = self.batch_tokens * self.flops_per_token / step_time_s
         values = {
             "step": step,
             "tokens": step * self.batch_tokens,
@@ -66,7 +66,7 @@ class Meter:
             "lr": lr,
             "step_time_s": step_time_s,
             "tokens_per_s": self.batch_tokens / step_time_s,
-            "model_flops_per_s": flops_per_s,
+            "model_flops_per_s": flops_per_s / self.world_size,
             "mfu_frac": flops_per_s / self.peak_flops_per_s if self.peak_flops_per_s else None,
             "memory_peak_bytes": int(memory),
             "data_wait_frac": min(1.0, wait_s / elapsed_s),

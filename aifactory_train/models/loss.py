@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-# Logits of one chunk are (CHUNK_TOKENS, V) in float32; plan/memory.py counts them by this number.
-CHUNK_TOKENS = 1024
+from aifactory_train.plan.shape import LOSS_CHUNK_TOKENS
+
 IGNORE = -100
 
 
@@ -45,8 +45,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_hidden_ND = torch.empty_like(hidden_ND) if wants_grad else None
         # bf16 would lose the small terms of later chunks, so chunks are summed in float32.
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if wants_grad else None
-        for start in range(0, hidden_ND.shape[0], CHUNK_TOKENS):
-            rows = slice(start, start + CHUNK_TOKENS)
+        for start in range(0, hidden_ND.shape[0], LOSS_CHUNK_TOKENS):
+            rows = slice(start, start + LOSS_CHUNK_TOKENS)
             logits_CV = hidden_ND[rows] @ weight_VD.T
             part, grad_CV = chunk_loss(logits_CV, target_N[rows])
             loss += part

@@ -13,7 +13,7 @@ from aifactory_train.plan.contract import Shape
 from aifactory_train.recipe.schema import Model
 
 BYTES = {"fp32": 4, "bf16": 2}
-# Tokens per chunk of the loss, so that the logits of a whole micro-batch are never held; as in models/loss.py.
+# Tokens per chunk of the loss (models/loss.py), so that the logits of a whole micro-batch are never held.
 LOSS_CHUNK_TOKENS = 1024
 
 

@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+
 from training_runs import aifactory, write_recipe
 
 TORCHRUN = {"LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
@@ -89,5 +90,3 @@ def test_a_rank_that_dies_ends_the_run_with_a_message_and_no_hang(words, tmp_pat
     output = process.communicate(timeout=60)[0]
     assert process.returncode != 0
     assert "Traceback" not in output, output
-
-

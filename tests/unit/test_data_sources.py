@@ -105,7 +105,7 @@ def test_undecodable_library_files_are_passed_over(tmp_path: Path, monkeypatch: 
 def refuse(tmp_path: Path, match: str, **keys: Any) -> str:
     with pytest.raises(DataError, match=match) as caught:
         open_source(Source(name="src", **keys), tmp_path / "cache")
-    assert "src" in str(caught.value) and caught.value.__suppress_context__ or caught.value.__cause__ is None
+    assert ("src" in str(caught.value) and caught.value.__suppress_context__) or caught.value.__cause__ is None
     return str(caught.value)
 
 

@@ -3,7 +3,6 @@
 import sys
 
 import pytest
-from results_run import a_plan
 
 from aifactory_train.errors import MachineError, RunFolderError
 from aifactory_train.launch import env
@@ -11,6 +10,7 @@ from aifactory_train.launch.local import check_run_folder, without_notice, write
 from aifactory_train.launch.mpi import find_mpirun, mpirun_command
 from aifactory_train.machine.machine import Mpi
 from aifactory_train.rundir import RunDir
+from results_run import a_plan
 
 RULE = b"-" * 74 + b"\n"
 NOTICE = RULE + b"prterun detected that one or more processes exited with non-zero status,\n  Exit code: 2\n" + RULE

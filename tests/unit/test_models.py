@@ -5,15 +5,15 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from training_runs import MODEL
 
 from aifactory_train.checkpoint.export import huggingface_config
 from aifactory_train.errors import RecipeError
 from aifactory_train.models.decoder import Decoder, init_weights
-from aifactory_train.models.loss import CHUNK_TOKENS, IGNORE, ChunkLoss, cross_entropy_sum
+from aifactory_train.models.loss import IGNORE, ChunkLoss, cross_entropy_sum
 from aifactory_train.plan import shape
 from aifactory_train.recipe.schema import Model
 from aifactory_train.strictyaml import configs_dir, read_yaml
+from training_runs import MODEL
 
 SCALING = {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_seq_len_tokens": 32}
 FAMILIES = {
@@ -90,7 +90,7 @@ def test_documents_of_a_row_do_not_see_each_other():
 
 def test_loss_in_chunks_equals_the_whole_loss_and_its_gradients():
     torch.manual_seed(0)
-    n_tokens = 2 * CHUNK_TOKENS + 77
+    n_tokens = 2 * shape.LOSS_CHUNK_TOKENS + 77
     hidden = torch.randn(n_tokens, 16, requires_grad=True)
     weight = torch.randn(40, 16, requires_grad=True)
     target = torch.randint(0, 40, (n_tokens,))
@@ -118,11 +118,13 @@ def test_loss_never_holds_the_full_logits():
                     biggest = max(biggest, tensor.numel())
             return out
 
-    hidden = torch.randn(4 * CHUNK_TOKENS, 8, requires_grad=True)
+    hidden = torch.randn(4 * shape.LOSS_CHUNK_TOKENS, 8, requires_grad=True)
     weight = torch.randn(100, 8, requires_grad=True)
     with Watch():
-        cross_entropy_sum(hidden, weight, torch.zeros(4 * CHUNK_TOKENS, dtype=torch.int64), ChunkLoss()).backward()
-    assert biggest == CHUNK_TOKENS * 100
+        cross_entropy_sum(
+            hidden, weight, torch.zeros(4 * shape.LOSS_CHUNK_TOKENS, dtype=torch.int64), ChunkLoss()
+        ).backward()
+    assert biggest == shape.LOSS_CHUNK_TOKENS * 100
 
 
 @pytest.mark.parametrize("path", sorted((configs_dir() / "models").glob("*.yaml")), ids=lambda p: p.stem)

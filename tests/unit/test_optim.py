@@ -22,7 +22,9 @@ def test_learning_rate_warms_up_peaks_and_ends_at_its_floor(shape):
 def test_each_schedule_has_its_own_shape():
     half = 550
     assert lr_factor(Schedule(warmup_tokens=100, min_lr_frac=0.0), half, 1000) == pytest.approx(0.5)
-    assert lr_factor(Schedule(shape="cosine", warmup_tokens=100, min_lr_frac=0.0), 325, 1000) == pytest.approx(0.8535, abs=1e-4)
+    assert lr_factor(Schedule(shape="cosine", warmup_tokens=100, min_lr_frac=0.0), 325, 1000) == pytest.approx(
+        0.8535, abs=1e-4
+    )
     assert lr_factor(Schedule(shape="linear", warmup_tokens=100, min_lr_frac=0.0), 325, 1000) == pytest.approx(0.75)
     wsd = Schedule(shape="wsd", warmup_tokens=100, decay_tokens=200, min_lr_frac=0.0)
     assert lr_factor(wsd, 800, 1000) == 1.0 and lr_factor(wsd, 900, 1000) == pytest.approx(0.5)

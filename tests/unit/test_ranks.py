@@ -42,7 +42,13 @@ def test_a_batch_shell_without_srun_is_alone():
 
 @pytest.mark.parametrize(
     "nodelist, host",
-    [("n1", "n1"), ("n1,n2", "n1"), ("nid[0012-0014,0020],x1", "nid0012"), ("a[3,5]b", "a3b"), ("lrdn0[07-09]", "lrdn007")],
+    [
+        ("n1", "n1"),
+        ("n1,n2", "n1"),
+        ("nid[0012-0014,0020],x1", "nid0012"),
+        ("a[3,5]b", "a3b"),
+        ("lrdn0[07-09]", "lrdn007"),
+    ],
 )
 def test_first_host_of_a_slurm_list(nodelist, host):
     assert first_host(nodelist) == host

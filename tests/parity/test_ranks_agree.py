@@ -1,0 +1,58 @@
+"""One process and N processes train the same model in float32."""
+
+import pytest
+
+from training_runs import launched, write_recipe
+
+LOSS_RTOL = 2e-6
+NORM_RTOL = 2e-5
+CASES = {
+    "adamw": {},
+    "muon": {"optim__name": "muon"},
+    "plain-rows-tied-qwen3": {
+        "data__document_mask": False,
+        "model__family": "qwen3",
+        "model__tied_embeddings": True,
+    },
+    "accumulation": {"train__micro_batch_rows": 2},
+    "resharded": {"layout__reshard_after_forward": True},
+}
+
+
+@pytest.fixture(scope="module")
+def one_process(words, tmp_path_factory):
+    """The curve of one process, made once for each case that needs its own."""
+    curves = {}
+
+    def curve(case: str):
+        # How one rank cuts its rows, and when FSDP gathers, must not be seen in the numbers.
+        key = "adamw" if case in ("accumulation", "resharded") else case
+        if key not in curves:
+            folder = tmp_path_factory.mktemp(key)
+            curves[key] = launched(write_recipe(folder, **words, **CASES[key]), folder / "run", 1)
+        return curves[key]
+
+    return curve
+
+
+@pytest.mark.parametrize(
+    "case, ranks",
+    [
+        ("adamw", 2),
+        ("adamw", 4),
+        ("muon", 2),
+        ("muon", 4),
+        ("plain-rows-tied-qwen3", 2),
+        ("accumulation", 1),
+        ("accumulation", 2),
+        ("resharded", 2),
+    ],
+)
+def test_n_ranks_have_the_loss_curve_of_one(words, tmp_path, one_process, case, ranks):
+    expected = one_process(case)
+    rows = launched(write_recipe(tmp_path, **words, **CASES[case]), tmp_path / "run", ranks)
+    assert [r["step"] for r in rows] == list(range(1, 21))
+    assert rows[-1]["loss"] < rows[0]["loss"] - 1, "it learns"
+    for ours, theirs in zip(rows, expected, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=LOSS_RTOL), ours["step"]
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=NORM_RTOL), ours["step"]
