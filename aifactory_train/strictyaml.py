@@ -129,8 +129,8 @@ def _fault_line(cls: type[BaseModel], key: Key, faults: list[Any], origins: dict
     kind, value = faults[0]["type"], faults[0].get("input")
     if kind == "extra_forbidden":
         valid = list(_fields_at(cls, key[:-1]))
-        near = difflib.get_close_matches(str(key[-1]), valid, n=1, cutoff=0.0)
-        return f"  {place}: {name}: unknown key; did you mean {near[0]}?  valid here: {', '.join(valid)}"
+        near = _nearest(str(key[-1]), valid)
+        return f"  {place}: {name}: unknown key; did you mean {near}?  valid here: {', '.join(valid)}"
     if kind == "missing":
         return f"  {place}: {name}: missing"
     if len(faults) > 1:
@@ -152,6 +152,12 @@ def _expected(fault: Any) -> str:
 
 def _is_branch(part: str | int) -> bool:
     return isinstance(part, str) and (part in ("int", "float", "bool", "str") or "[" in part)
+
+
+def _nearest(word: str, valid: list[str]) -> str:
+    """The valid name that is spelt most like `word`, or is its initials: learning_rate -> lr."""
+    initials = "".join(part[:1] for part in word.split("_"))
+    return initials if initials in valid else difflib.get_close_matches(word, valid, n=1, cutoff=0.0)[0]
 
 
 def _fields_at(cls: Any, loc: Key) -> typing.Iterable[str]:

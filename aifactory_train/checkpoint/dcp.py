@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
+
+from aifactory_train.errors import storage_fault
 
 State = dict[str, Any]
 
@@ -26,16 +30,42 @@ class Stager:
         return staged if isinstance(staged, dict) else staged.result()
 
 
+@contextmanager
+def _ordinary_errors() -> Iterator[None]:
+    """CheckpointException is a BaseException and wraps one error per rank: give the disk's error, or a RuntimeError."""
+    try:
+        yield
+    except dcp.CheckpointException as error:
+        fault = storage_fault(error)
+        if fault is not None:
+            raise OSError(fault.errno, fault.strerror) from error
+        raise RuntimeError(str(error)) from error
+
+
+class _Writer(dcp.FileSystemWriter):
+    """torch.save turns a full disk into "unexpected pos", whose cause does not travel to the other ranks."""
+
+    def write_data(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().write_data(*args, **kwargs)
+        except RuntimeError as error:
+            fault = storage_fault(error)
+            if fault is None:
+                raise
+            raise OSError(fault.errno, fault.strerror) from error
+
+
 def write_tensors(state: State, folder: Path, group: dist.ProcessGroup) -> None:
     """Write each rank's part, fsynced. Collective over `group` (gloo); returns when all ranks are done."""
-    writer = dcp.FileSystemWriter(folder, sync_files=True)
-    dcp.save(state, storage_writer=writer, process_group=group)
+    with _ordinary_errors():
+        dcp.save(state, storage_writer=_Writer(folder, sync_files=True), process_group=group)
 
 
 def read_tensors(state: State, folder: Path, group: dist.ProcessGroup | None = None) -> None:
     """Fill `state` in place, whatever number of ranks wrote it. Without a group this process reads alone."""
     reader = dcp.FileSystemReader(folder)
-    dcp.load(state, storage_reader=reader, process_group=group, no_dist=group is None)
+    with _ordinary_errors():
+        dcp.load(state, storage_reader=reader, process_group=group, no_dist=group is None)
 
 
 def stored_tensors(folder: Path) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from aifactory_train.recipe.schema import Model
 BYTES = {"fp32": 4, "bf16": 2}
 # Tokens per chunk of the loss (models/loss.py), so that the logits of a whole micro-batch are never held.
 LOSS_CHUNK_TOKENS = 1024
+# Longest rows for which attention on a CPU goes in chunks that keep their weights (models/attention.py).
+CPU_CHUNKED_ROW_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -79,22 +81,27 @@ def build_shape(model: Model, seq_len_tokens: int) -> Shape:
 def block_activation_bytes_per_token(model: Model, seq_len_tokens: int, how: Kept) -> int:
     """Bytes that one block keeps per token from forward to backward, without recomputation and without compile.
 
-    Fused norms keep their input. On a CPU, torch runs a norm in parts that keep two fp32 copies of it, the
-    attention kernel needs k and v repeated to H heads and leaves its output transposed (o reads a copy), and
-    a document mask becomes one dense row of T numbers per token and layer.
+    Fused norms keep their input. On a CPU, torch runs a norm in parts that keep two fp32 copies of it. Attention
+    there keeps its weights on short rows, in fp32 and in the precision of the model; on longer ones the kernel needs
+    k and v repeated to H heads, leaves its output transposed (o reads a copy), and turns a document mask into
+    one dense row of T numbers per token and layer.
     """
     d, f, size = model.hidden_size, model.ffn_size, BYTES[how.precision]
     q, kv = model.n_heads * model.head_size, model.n_kv_heads * model.head_size
     cpu = how.device_kind == "cpu"
+    chunked = cpu and seq_len_tokens <= CPU_CHUNKED_ROW_TOKENS
+    kernel = cpu and not chunked
+    weights_bytes = model.n_heads * seq_len_tokens // 2 * (BYTES["fp32"] + (size if size != BYTES["fp32"] else 0))
     normed = 2 * d + (q + kv if model.qk_norm else 0)
     kept_bytes = {
         "inputs of the norms": normed * (2 * BYTES["fp32"] if cpu else size),
         "input of q, k, v": d * size,
         "q after RoPE": q * size,
-        "k after RoPE, and v": 2 * (q if cpu else kv) * size,
-        "log-sum-exp of the attention": model.n_heads * BYTES["fp32"],
-        "document mask": seq_len_tokens * size if cpu and how.document_mask else 0,
-        "attention output, input of o": q * size * (2 if cpu else 1),
+        "k after RoPE, and v": 2 * (q if kernel else kv) * size,
+        "attention weights": weights_bytes if chunked else 0,
+        "log-sum-exp of the attention": 0 if chunked else model.n_heads * BYTES["fp32"],
+        "document mask": (seq_len_tokens // 2 if chunked else seq_len_tokens * size) if cpu and how.document_mask else 0,
+        "attention output, input of o": q * size * (2 if kernel else 1),
         "input of gate, up": d * size,
         "gate, up, silu(gate), their product": 4 * f * size,
     }

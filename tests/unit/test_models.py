@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from aifactory_train.checkpoint.export import huggingface_config
 from aifactory_train.errors import RecipeError
+from aifactory_train.models.attention import attend, build_mask
 from aifactory_train.models.decoder import Decoder, init_weights
 from aifactory_train.models.loss import IGNORE, ChunkLoss, cross_entropy_sum
 from aifactory_train.plan import shape
@@ -164,3 +165,22 @@ def test_initial_weights_depend_on_seed_and_name_only():
     assert not torch.equal(first.mlp.up_proj.weight, second.mlp.up_proj.weight)
     assert abs(first.mlp.up_proj.weight.std().item() - 0.02) < 0.001
     assert abs(first.mlp.down_proj.weight.std().item() - 0.02 / 2) < 0.001
+
+
+@pytest.mark.parametrize("n_tokens", [50, 130, 1100])
+@pytest.mark.parametrize("documents", [False, True])
+def test_attention_equals_that_of_torch(n_tokens, documents):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, heads, n_tokens, 16, requires_grad=True) for heads in (6, 2, 2))
+    document = torch.arange(n_tokens)[None].expand(2, -1) // 37 if documents else None
+    grad = torch.randn(2, 6, n_tokens, 16)
+    mask = build_mask(document)
+    dense = torch.ones(n_tokens, n_tokens, dtype=torch.bool).tril() if mask is None else mask
+    twice = (x.repeat_interleave(3, dim=1) for x in (k, v))
+    expected = F.scaled_dot_product_attention(q, *twice, attn_mask=dense)
+    ours = attend(q, k, v, mask)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=2e-6)
+    for a, b in zip(
+        torch.autograd.grad(ours, (q, k, v), grad), torch.autograd.grad(expected, (q, k, v), grad), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
