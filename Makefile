@@ -41,7 +41,7 @@ demo: $(VENV)/.installed $(MACHINE)
 	$(call title,report)
 	@$(RUN) report runs/demo
 	$(call title,sample: plain transformers reads the export)
-	@$(RUN) sample runs/demo --prompt "def "
+	@$(RUN) sample runs/demo --prompt "def __init__(self"
 
 $(MACHINE): | $(VENV)/.installed
 	$(call title,probe: what this machine can do)

@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("run", type=Path)
     sample = verb("sample", "text by the exported model, through plain transformers", _sample)
     sample.add_argument("run", type=Path)
-    sample.add_argument("--prompt", default="def ")
+    sample.add_argument("--prompt", default="def __init__(self")
     sample.add_argument("--tokens", type=int, default=60)
     sample.add_argument("--seed", type=int, default=0)
     return parser
@@ -78,7 +78,7 @@ def _probe(args: argparse.Namespace) -> None:
     from aifactory_train.machine.machine import ByDtype, Measured
     from aifactory_train.machine.probe import probe_local, with_measured
     from aifactory_train.metrics.rates import measure_matmul_flops_per_s, measure_memory_bytes_per_s
-    from aifactory_train.units import format_flops_per_s, format_rate
+    from aifactory_train.units import format_bytes_per_s, format_flops_per_s
 
     machine = probe_local()
     device = torch.device("cpu" if machine.device.kind == "cpu" else "cuda")
@@ -87,7 +87,7 @@ def _probe(args: argparse.Namespace) -> None:
     write_machine(with_measured(machine, measured), args.out)
     shown = ", ".join(f"{n} {format_flops_per_s(r)}" for n, r in rates.items())
     print(f"{machine.device.per_node} x {machine.device.name}: matmul {shown}, ", end="")
-    print(f"memory {format_rate(measured.memory_bytes_per_s, 'B')}\nwritten: {args.out}")
+    print(f"memory {format_bytes_per_s(measured.memory_bytes_per_s)}\nwritten: {args.out}")
 
 
 def _prepare(args: argparse.Namespace) -> None:

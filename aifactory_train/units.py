@@ -34,6 +34,11 @@ def format_flops_per_s(value: float | None) -> str:
     return "unknown" if value is None else _scaled(value, units, 1000)
 
 
+def format_bytes_per_s(value: float | None) -> str:
+    """3.35e12 -> "3.35 TB/s": rates of memory and links are decimal, as vendors give them."""
+    return "unknown" if value is None else _scaled(value, ("B/s", "kB/s", "MB/s", "GB/s", "TB/s"), 1000)
+
+
 def format_rate(value: float | None, what: str) -> str:
     """1046.2, "tokens" -> "1.05 k tokens/s"."""
     return "unknown" if value is None else f"{format_count(value)} {what}/s".replace("  ", " ")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,7 +65,9 @@ def write_tensors(state: State, folder: Path, group: dist.ProcessGroup) -> None:
 def read_tensors(state: State, folder: Path, group: dist.ProcessGroup | None = None) -> None:
     """Fill `state` in place, whatever number of ranks wrote it. Without a group this process reads alone."""
     reader = dcp.FileSystemReader(folder)
-    with _ordinary_errors():
+    with _ordinary_errors(), warnings.catch_warnings():
+        # To read alone is what the caller asked for.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         dcp.load(state, storage_reader=reader, process_group=group, no_dist=group is None)
 
 

@@ -205,9 +205,11 @@ def _check_config(model: Model, folder: Path) -> None:
 def sample(folder: Path, prompt: str, n_tokens: int, seed: int) -> str:
     """Text that an exported model continues `prompt` with, by plain `transformers`."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
     if not (folder / "config.json").exists():
         raise CheckpointError("there is no exported model", where=str(folder), do="aifactory-train export RUN")
+    logging.disable_progress_bar()
     words = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
     torch.manual_seed(seed)

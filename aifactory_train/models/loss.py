@@ -22,14 +22,13 @@ class ChunkLoss(nn.Module):
     """
 
     def forward(self, logits_CV: torch.Tensor, target_C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        logits_CV32 = logits_CV.float()
         valid_C = target_C != IGNORE
         index_C1 = target_C.clamp(min=0)[:, None]
-        logz_C1 = torch.logsumexp(logits_CV32, dim=-1, keepdim=True)
-        loss_C = logz_C1.squeeze(1) - logits_CV32.gather(1, index_C1).squeeze(1)
-        loss = torch.where(valid_C, loss_C, 0.0).sum()
+        logp_CV = torch.log_softmax(logits_CV, dim=-1, dtype=torch.float32)
+        loss = torch.where(valid_C, -logp_CV.gather(1, index_C1).squeeze(1), 0.0).sum()
         columns_V = torch.arange(logits_CV.shape[1], device=logits_CV.device)
-        grad_CV = torch.exp(logits_CV32 - logz_C1) - (columns_V == index_C1).float()
+        p_CV = logp_CV.exp()
+        grad_CV = torch.where(columns_V == index_C1, p_CV - 1, p_CV)
         return loss, (grad_CV * valid_C[:, None]).to(logits_CV.dtype)
 
 
