@@ -14,12 +14,18 @@ RUN/
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from aifactory_train.errors import AifactoryError
 
 # The one signal that asks a run to save and stop. mpirun and Slurm forward it; NCCL and Lightning use USR1.
 STOP_SIGNAL = signal.SIGUSR2
@@ -72,6 +78,25 @@ def fsync_folder(folder: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+@contextmanager
+def hold(folder: Path, busy: AifactoryError) -> Iterator[None]:
+    """Hold the folder's lock, or raise `busy` if another process on this node holds it.
+
+    The system lets go of it when the process ends, however it ends. Where the file system has no locks, nothing
+    is held and nothing is refused.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise busy from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                raise
+        yield
 
 
 def append_jsonl(path: Path, row: dict[str, Any]) -> None:

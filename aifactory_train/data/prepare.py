@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import io
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,7 +37,7 @@ from aifactory_train.data.tokenize import (
 )
 from aifactory_train.errors import DataError, storage_errors
 from aifactory_train.recipe.schema import Data, Source
-from aifactory_train.rundir import write_atomic
+from aifactory_train.rundir import hold, write_atomic
 from aifactory_train.units import format_count
 
 if TYPE_CHECKING:
@@ -66,7 +64,9 @@ def prepare(data: Data) -> Manifest:
     folder = Path(data.prepared_dir)
     _check_folder(folder, data)
     do = "free space or get the permission there and run prepare again, it goes on; or --set data.prepared_dir=OTHER"
-    with storage_errors("preparing data", folder, do), _alone(folder):
+    where = f"data.prepared_dir {folder}"
+    busy = DataError(f"another prepare is at work in {folder}", where=where, do="wait until it has ended")
+    with storage_errors("preparing data", folder, do), hold(folder, busy):
         ready = _complete(folder)
         if ready is not None:
             _tell_of_changes(ready, data)
@@ -188,22 +188,6 @@ def _check_folder(folder: Path, data: Data) -> None:
             where=f"data.prepared_dir {folder}",
             do="--set data.prepared_dir=ANOTHER_FOLDER, or delete that folder and prepare anew",
         ) from None
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock; the system lets go of it when the process ends, however it ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(
-                f"another prepare is at work in {folder}", where="data.prepared_dir", do="wait until it has ended"
-            ) from None
-        except OSError:
-            say(f"{folder} is on a file system without locks: do not prepare there twice at the same time")
-        yield
 
 
 def _complete(folder: Path) -> Manifest | None:

@@ -14,12 +14,12 @@ from typing import IO, Any
 import yaml
 
 from aifactory_train.data.shards import check_fits_model, load_prepared
-from aifactory_train.errors import RunFolderError
+from aifactory_train.errors import RunFolderError, storage_errors
 from aifactory_train.launch.env import rank_environment, rank_variables
 from aifactory_train.launch.mpi import mpirun_command
 from aifactory_train.plan.plan import Plan
 from aifactory_train.recipe.load import dump_recipe
-from aifactory_train.rundir import STOP_SIGNAL, RunDir, is_finished, write_atomic
+from aifactory_train.rundir import STOP_SIGNAL, RunDir, hold, is_finished, write_atomic
 
 _CHUNK_BYTES = 1 << 16
 # mpirun's own notice that a rank has failed stands between two such lines, below the rank's message.
@@ -33,6 +33,17 @@ def launch_local(plan: Plan, run: RunDir) -> int:
     if is_finished(run):
         print(f"{run.root} is finished; nothing to train")
         return 0
+    busy = RunFolderError(
+        "this run is being trained already",
+        where=str(run.root),
+        do="wait until it has ended, or stop it with Ctrl-C there",
+    )
+    do = "free space or get the permission there and launch again, or give another folder: --run RUN"
+    with storage_errors("writing the run folder", run.root, do), hold(run.root, busy):
+        return _start_ranks(plan, run)
+
+
+def _start_ranks(plan: Plan, run: RunDir) -> int:
     program = [sys.executable, "-m", "aifactory_train", "train", str(run.root)]
     if sys.stdout.isatty():
         program.append("--bar")
@@ -49,7 +60,7 @@ def launch_local(plan: Plan, run: RunDir) -> int:
 def check_run_folder(plan: Plan, run: RunDir) -> None:
     """Refuse a folder that holds a run of another recipe; names the keys that differ."""
     if not run.recipe.exists():
-        if run.root.exists() and any(run.root.iterdir()):
+        if run.root.exists() and any(p.name != ".lock" for p in run.root.iterdir()):
             raise RunFolderError(
                 "the folder holds files but no run", where=str(run.root), do="give an empty or new folder: --run RUN"
             )

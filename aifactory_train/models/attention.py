@@ -89,11 +89,17 @@ def _flex() -> Any:
     return torch.compile(flex_attention, dynamic=False)
 
 
-def _block_mask(document_BT: torch.Tensor) -> Any:
+@lru_cache(maxsize=1)
+def _create_block_mask() -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
 
+    # Uncompiled, it makes the dense B x T x T mask first.
+    return torch.compile(create_block_mask, dynamic=False)
+
+
+def _block_mask(document_BT: torch.Tensor) -> Any:
     def same_document_and_causal(b: Any, h: Any, q: Any, k: Any) -> Any:
         return (q >= k) & (document_BT[b, q] == document_BT[b, k])
 
     n_rows, n_tokens = document_BT.shape
-    return create_block_mask(same_document_and_causal, n_rows, None, n_tokens, n_tokens, device=document_BT.device)
+    return _create_block_mask()(same_document_and_causal, n_rows, None, n_tokens, n_tokens, device=document_BT.device)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement
 
 
 @dataclass(frozen=True)
@@ -35,10 +37,14 @@ def local_part(sharded: Tensor, full: Tensor) -> Tensor:
 
 def local_slices(sharded: DTensor) -> tuple[slice, ...]:
     """Where this rank's part of a sharded tensor lies in the whole."""
+    return _slices(sharded.shape, sharded.device_mesh, sharded.placements)
+
+
+@cache  # Muon asks at every step, and the answer takes a few small tensors to compute
+def _slices(size: torch.Size, mesh: DeviceMesh, placements: tuple[Placement, ...]) -> tuple[slice, ...]:
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    mesh, placements = sharded.device_mesh, sharded.placements
-    shape, offset = compute_local_shape_and_global_offset(sharded.shape, mesh, placements)
+    shape, offset = compute_local_shape_and_global_offset(size, mesh, placements)
     return tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
 
 

@@ -91,6 +91,7 @@ def block_activation_bytes_per_token(model: Model, seq_len_tokens: int, how: Kep
     cpu = how.device_kind == "cpu"
     chunked = cpu and seq_len_tokens <= CPU_CHUNKED_ROW_TOKENS
     kernel = cpu and not chunked
+    mask_bytes = seq_len_tokens // 2 if chunked else seq_len_tokens * size
     weights_bytes = model.n_heads * seq_len_tokens // 2 * (BYTES["fp32"] + (size if size != BYTES["fp32"] else 0))
     normed = 2 * d + (q + kv if model.qk_norm else 0)
     kept_bytes = {
@@ -100,7 +101,7 @@ def block_activation_bytes_per_token(model: Model, seq_len_tokens: int, how: Kep
         "k after RoPE, and v": 2 * (q if kernel else kv) * size,
         "attention weights": weights_bytes if chunked else 0,
         "log-sum-exp of the attention": 0 if chunked else model.n_heads * BYTES["fp32"],
-        "document mask": (seq_len_tokens // 2 if chunked else seq_len_tokens * size) if cpu and how.document_mask else 0,
+        "document mask": mask_bytes if cpu and how.document_mask else 0,
         "attention output, input of o": q * size * (2 if kernel else 1),
         "input of gate, up": d * size,
         "gate, up, silu(gate), their product": 4 * f * size,

@@ -91,7 +91,7 @@ def build_run(root: Path, ranks: Ranks, bar: bool = False, timeout_s: float = RE
     loader = build_loader(plan, ranks, prepared, pin_memory=device.type == "cuda")
     first_step = commit.step if commit else 0
     if first_step < plan.recipe.n_steps:
-        engine.rehearse(next(iter(loader.batches(first_step))))
+        engine.rehearse(loader.batch(first_step))
     sinks = None
     hosts = _hosts(ranks)
     if ranks.rank == 0:

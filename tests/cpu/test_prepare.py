@@ -4,69 +4,26 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from aifactory_train.data import tokenize
 from aifactory_train.data.prepare import prepare
-from aifactory_train.data.shards import check_fits_model, load_prepared
-from aifactory_train.data.tokenize import encode, load_encoder
+from aifactory_train.data.shards import load_prepared
+from aifactory_train.data.tokenize import load_encoder
 from aifactory_train.errors import DataError, StorageError, storage_errors
 from aifactory_train.recipe.schema import Data
+from prepared_data import UNIT_TEXT_BYTES, build_data
 
-UNIT_TEXT_BYTES = 60_000  # many small shards from a small corpus
 ROOT = Path(__file__).parents[2]
-
-
-def build_data(folder: Path, corpora: dict[str, Path], **keys: Any) -> Data:
-    sources = [{"name": name, "path": str(path)} for name, path in corpora.items()]
-    base: dict[str, Any] = {
-        "sources": sources,
-        "tokenizer": {"train_vocab_size": 400},
-        "prepared_dir": str(folder),
-        "seq_len_tokens": 64,
-        "workers": 2,
-    }
-    return Data.model_validate(base | keys)
-
-
-def write_corpus(path: Path, n_documents: int, seed: int) -> Path:
-    rng = random.Random(seed)
-    words = ["".join(rng.choices("abcdefghijklmnopäöü", k=rng.randint(1, 9))) for _ in range(500)]
-    with open(path, "w") as file:
-        for i in range(n_documents):
-            text = "" if i % 50 == 7 else " ".join(rng.choices(words, k=rng.randint(1, 300))) + "\n<|endoftext|> 🙂"
-            file.write(json.dumps({"text": text}) + "\n")
-    return path
-
-
-@pytest.fixture(scope="module")
-def corpora(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("text")
-    return {
-        "one": write_corpus(folder / "one.jsonl", 1500, 1),
-        "two": write_corpus(folder / "two.jsonl", 200, 2),
-    }
-
-
-@pytest.fixture(scope="module")
-def whole(corpora: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Data:
-    """A prepared folder that nothing interrupted; tests that change it take a copy."""
-    data = build_data(tmp_path_factory.mktemp("whole") / "prepared", corpora)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenize, "UNIT_TEXT_BYTES", UNIT_TEXT_BYTES)
-        prepare(data)
-    return data
 
 
 @pytest.fixture
@@ -229,34 +186,22 @@ def test_two_prepares_at_the_same_time_do_not_mix(whole: Data, tmp_path: Path) -
     process.communicate()
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    mount = tmp_path / "small"
-    mount.mkdir()
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(mount)], capture_output=True, text=True
-    )
-    if done.returncode:
-        pytest.skip(f"no tmpfs can be mounted here: {done.stderr.strip()}")
-    yield mount
-    subprocess.run(["umount", "--lazy", str(mount)], check=True)  # this process may still have files mapped
-
-
 def test_a_full_disk_is_one_message_and_prepare_goes_on_after_space_is_freed(
-    whole: Data, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+    whole: Data, small_disk: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tokenize, "UNIT_TEXT_BYTES", UNIT_TEXT_BYTES)
-    data = whole.model_copy(update={"prepared_dir": str(small_disk / "prepared")})
-    ballast = small_disk / "ballast"
+    disk = small_disk(8)
+    data = whole.model_copy(update={"prepared_dir": str(disk / "prepared")})
+    ballast = disk / "ballast"
     stages = []
     reference = contents(whole.prepared_dir)
     size = sum(p.stat().st_blocks * 512 for p in Path(whole.prepared_dir).rglob("*") if p.is_file())
     for missing_bytes in (size - 16_384, size // 2, size // 4, 200_000, 40_000):
         # The rest of the disk is filled up, so that this many bytes are missing for the whole.
-        used = shutil.disk_usage(small_disk).used - (ballast.stat().st_blocks * 512 if ballast.exists() else 0)
+        used = shutil.disk_usage(disk).used - (ballast.stat().st_blocks * 512 if ballast.exists() else 0)
         own = used
         ballast.write_bytes(b"")
-        free = shutil.disk_usage(small_disk).free
+        free = shutil.disk_usage(disk).free
         ballast.write_bytes(bytes(max(0, free - (size - own) + missing_bytes)))
         with pytest.raises(StorageError, match="No space left on device while preparing data") as caught:
             prepare(data)
@@ -276,15 +221,16 @@ def test_a_full_disk_is_one_message_and_prepare_goes_on_after_space_is_freed(
     assert contents(data.prepared_dir) == reference
 
 
-def test_a_disk_that_is_full_when_the_tokenizer_is_saved_leaves_no_tokenizer(small_disk: Path) -> None:
+def test_a_disk_that_is_full_when_the_tokenizer_is_saved_leaves_no_tokenizer(small_disk: Callable[[int], Path]) -> None:
+    disk = small_disk(8)
     from datasets import Dataset
 
-    free = shutil.disk_usage(small_disk).free
-    (small_disk / "ballast").write_bytes(bytes(free - 4 * 4096))
+    free = shutil.disk_usage(disk).free
+    (disk / "ballast").write_bytes(bytes(free - 4 * 4096))
     documents = Dataset.from_dict({"text": [Path(tokenize.__file__).read_text()]})
     with pytest.raises(StorageError, match="No space left"), storage_errors("saving", small_disk, "free space"):
-        tokenize.train_tokenizer([documents], 1000, small_disk / "tokenizer")
-    assert not (small_disk / "tokenizer").exists()
+        tokenize.train_tokenizer([documents], 1000, disk / "tokenizer")
+    assert not (disk / "tokenizer").exists()
 
 
 @pytest.mark.parametrize("suffix", [".tokens", ".docs"])
@@ -360,64 +306,3 @@ def test_changed_text_is_reported_but_does_not_change_what_is_prepared(
     finally:
         os.utime(corpora["two"], ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert "source two: its files have changed since" in capfd.readouterr().err
-
-
-def test_a_hugging_face_folder_is_taken_as_it_is(whole: Data, corpora: dict[str, Path], tmp_path: Path) -> None:
-    from transformers import AutoTokenizer
-
-    theirs = tmp_path / "theirs"
-    shutil.copytree(Path(whole.prepared_dir) / "tokenizer", theirs)
-    data = build_data(tmp_path / "p", {"two": corpora["two"]}, tokenizer={"path": str(theirs)})
-    manifest = prepare(data)
-    assert manifest.tokenizer_sha256 == load_prepared(whole).manifest.tokenizer_sha256
-    again = AutoTokenizer.from_pretrained(tmp_path / "p" / "tokenizer")
-    assert again.eos_token == "<|endoftext|>" and again.eos_token_id == manifest.eos_id
-    text = "naïve  text\n\twith <b>äöü</b> 🙂 and don't"
-    ids = again(text)["input_ids"]
-    assert again.decode(ids) == text
-    encoder = load_encoder(tmp_path / "p" / "tokenizer" / "tokenizer.json")
-    assert [i for piece in encode(encoder, text) for i in piece] == ids
-
-
-def test_a_tokenizer_folder_without_eos_or_that_is_none_is_refused(whole: Data, tmp_path: Path) -> None:
-    theirs = tmp_path / "theirs"
-    shutil.copytree(Path(whole.prepared_dir) / "tokenizer", theirs)
-    config = json.loads((theirs / "tokenizer_config.json").read_text())
-    config.pop("eos_token")
-    (theirs / "tokenizer_config.json").write_text(json.dumps(config))
-    for path, match in (
-        (theirs, "names no eos token"),
-        (tmp_path / "nowhere", "does not exist"),
-        (ROOT, "cannot load"),
-    ):
-        data = whole.model_copy(update={"prepared_dir": str(tmp_path / "p")})
-        data = data.model_copy(
-            update={"tokenizer": data.tokenizer.model_copy(update={"path": str(path), "train_vocab_size": None})}
-        )
-        shutil.rmtree(tmp_path / "p", ignore_errors=True)
-        with pytest.raises(DataError, match=match):
-            prepare(data)
-
-
-def test_a_tokenizer_larger_than_the_model_is_refused_with_both_numbers(whole: Data) -> None:
-    manifest = load_prepared(whole).manifest
-    check_fits_model(manifest, 400)
-    with pytest.raises(DataError, match="400 entries, the model's vocabulary only 399"):
-        check_fits_model(manifest, 399)
-
-
-def test_a_vocabulary_without_room_for_all_bytes_is_refused(corpora: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="train_vocab_size 256 is too small"):
-        prepare(build_data(tmp_path / "p", {"two": corpora["two"]}, tokenizer={"train_vocab_size": 256}))
-
-
-def test_cutting_a_long_document_changes_no_token(whole: Data, monkeypatch: pytest.MonkeyPatch) -> None:
-    encoder = load_encoder(Path(whole.prepared_dir) / "tokenizer" / "tokenizer.json")
-    text = Path(tokenize.__file__).read_text() * 2 + "漢字かな\n" * 2000
-    at_once = [i for piece in encode(encoder, text) for i in piece]
-    monkeypatch.setattr(tokenize, "PIECE_CHARS", 1000)
-    monkeypatch.setattr(tokenize, "PIECE_SLACK_CHARS", 2000)
-    pieces = list(encode(encoder, text))
-    assert len(pieces) > 10
-    assert [i for piece in pieces for i in piece] == at_once
-    assert "".join(tokenize._pieces("x" * 9999)) == "x" * 9999

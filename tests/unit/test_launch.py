@@ -9,7 +9,7 @@ from aifactory_train.launch import env
 from aifactory_train.launch.local import check_run_folder, without_notice, write_run_folder
 from aifactory_train.launch.mpi import find_mpirun, mpirun_command
 from aifactory_train.machine.machine import Mpi
-from aifactory_train.rundir import RunDir
+from aifactory_train.rundir import RunDir, hold
 from results_run import a_plan
 
 RULE = b"-" * 74 + b"\n"
@@ -65,3 +65,11 @@ def test_a_folder_with_foreign_files_is_not_taken_for_a_run(tmp_path):
     (tmp_path / "thesis.txt").write_text("keep me")
     with pytest.raises(RunFolderError, match="holds files but no run"):
         check_run_folder(a_plan(), RunDir(tmp_path))
+
+
+def test_a_run_is_not_started_twice_at_once(tmp_path):
+    busy = RunFolderError("this run is being trained already")
+    with hold(tmp_path, busy), pytest.raises(RunFolderError, match="already"), hold(tmp_path, busy):
+        pass
+    with hold(tmp_path, busy):
+        pass

@@ -1,0 +1,105 @@
+"""What a step may not do: wait for the device, or talk more because the batch is cut in more pieces."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from aifactory_train.data.loader import Batch
+from aifactory_train.plan.plan import Plan
+from aifactory_train.recipe.schema import Model
+from aifactory_train.train.ranks import find_ranks, join
+from aifactory_train.train.setup import build_engine
+from results_run import a_plan
+from training_runs import MODEL
+
+ROWS, TOKENS = 8, 16
+
+
+class Calls(TorchDispatchMode):
+    """Names of all operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+    def count(self, part: str) -> int:
+        return sum(part in name for name in self.names)
+
+
+@pytest.fixture
+def one_rank():
+    join(find_ranks(env={}), torch.device("cpu"), 20)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def four_silent_ranks():
+    """This process as rank 0 of four whose collectives do nothing: for counting them."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    yield
+    dist.destroy_process_group()
+
+
+def small_plan(micro_batch_rows: int, optimizer: str = "adamw", world_size: int = 1) -> Plan:
+    plan = a_plan()
+    optim = plan.recipe.optim.model_copy(update={"name": optimizer})
+    recipe = plan.recipe.model_copy(update={"model": Model(**MODEL), "optim": optim})
+    cut = {"micro_batch_rows": micro_batch_rows, "accumulation": ROWS // micro_batch_rows, "precision": "fp32"}
+    cut |= {"world_size": world_size, "dp_shard": world_size}
+    return plan.model_copy(
+        update={
+            "recipe": recipe,
+            "layout": plan.layout.model_copy(update={**cut, "world_size": world_size, "dp_shard": world_size}),
+        }
+    )
+
+
+def a_batch() -> Batch:
+    tokens = torch.randint(0, MODEL["vocab_size"], (ROWS, TOKENS + 1), generator=torch.Generator().manual_seed(0))
+    target = tokens[:, 1:].clone()
+    target[0, :5] = -100
+    document = (torch.arange(TOKENS) // 7).expand(ROWS, -1).int()
+    position = (torch.arange(TOKENS) % 7).expand(ROWS, -1)
+    return Batch(tokens[:, :-1], target, document, position, int((target != -100).sum()))
+
+
+def engine_after_one_step(plan: Plan):
+    engine = build_engine(plan, torch.device("cpu"), fresh=True)
+    engine.train_step(a_batch(), 1)
+    return engine
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_step_brings_nothing_to_the_host(one_rank, optimizer):
+    engine, batch = engine_after_one_step(small_plan(4, optimizer)), a_batch()
+    with Calls() as calls:
+        stats = engine.train_step(batch, 2)
+    assert calls.count("_local_scalar_dense") == 0
+    assert calls.count("mm") > 0, "it does see the operators"
+    assert all(isinstance(t, torch.Tensor) for t in (stats.loss_sum, stats.n_valid_tokens, stats.grad_norm))
+
+
+def test_accumulation_reduces_gradients_once(four_silent_ranks):
+    counts = []
+    for micro_batch_rows in (8, 2):
+        engine, batch = engine_after_one_step(small_plan(micro_batch_rows, world_size=4)), a_batch()
+        with Calls() as calls:
+            engine.train_step(batch, 2)
+        counts.append(calls.count("reduce_scatter"))
+    assert counts == [MODEL["n_layers"] + 1] * 2, "one for each block and one for the rest"
+
+
+def test_a_rehearsal_changes_nothing(one_rank):
+    engine = engine_after_one_step(small_plan(8))
+    before = [p.full_tensor().clone() for p in engine.parts.root.parameters()]
+    engine.rehearse(a_batch())
+    assert all(torch.equal(a, b.full_tensor()) for a, b in zip(before, engine.parts.root.parameters(), strict=True))
+    assert all(p.grad is None for p in engine.parts.root.parameters())
