@@ -5,15 +5,19 @@ Shapes: B rows, T tokens, N query heads, K key/value heads, H head width.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from aifactory_train.plan.shape import CPU_CHUNKED_ROW_TOKENS
 
 CPU_CHUNK_TOKENS = 64
+
+# Uncompiled, the one holds all T x T scores and the other the dense mask. In a compiled block both are inlined.
+_flex_attention = torch.compile(flex_attention, dynamic=False)
+_create_block_mask = torch.compile(create_block_mask, dynamic=False)
 
 # None: plain causal. Tensor (B, 1, T, T), bool: dense mask. Otherwise a flex_attention BlockMask.
 Mask = Any
@@ -28,7 +32,7 @@ def build_mask(document_BT: torch.Tensor | None) -> Mask:
     if document_BT is None:
         return None
     if document_BT.is_cuda:
-        return _block_mask(document_BT)
+        return block_mask(document_BT)
     n_tokens = document_BT.shape[1]
     same_BTT = document_BT[:, :, None] == document_BT[:, None, :]
     causal_TT = torch.ones(n_tokens, n_tokens, dtype=torch.bool, device=document_BT.device).tril()
@@ -39,7 +43,7 @@ def attend(q_BNTH: torch.Tensor, k_BKTH: torch.Tensor, v_BKTH: torch.Tensor, mas
     """softmax(q k^T / sqrt(H)) v under the mask; K divides N. Returns (B, N, T, H)."""
     grouped = q_BNTH.shape[1] != k_BKTH.shape[1]
     if mask is not None and not isinstance(mask, torch.Tensor):
-        return _flex()(q_BNTH, k_BKTH, v_BKTH, block_mask=mask, enable_gqa=grouped)
+        return _flex_attention(q_BNTH, k_BKTH, v_BKTH, block_mask=mask, enable_gqa=grouped)
     if q_BNTH.is_cuda:
         return F.scaled_dot_product_attention(q_BNTH, k_BKTH, v_BKTH, is_causal=True, enable_gqa=grouped)
     if q_BNTH.shape[2] <= CPU_CHUNKED_ROW_TOKENS:
@@ -81,25 +85,9 @@ def _later_keys(n_queries: int, start: int, device: torch.device) -> torch.Tenso
     return F.pad(later, (start, 0))
 
 
-@lru_cache(maxsize=1)
-def _flex() -> Any:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    # Uncompiled, flex_attention holds all T x T scores; inside a compiled block this is inlined.
-    return torch.compile(flex_attention, dynamic=False)
-
-
-@lru_cache(maxsize=1)
-def _create_block_mask() -> Any:
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    # Uncompiled, it makes the dense B x T x T mask first.
-    return torch.compile(create_block_mask, dynamic=False)
-
-
-def _block_mask(document_BT: torch.Tensor) -> Any:
+def block_mask(document_BT: torch.Tensor) -> Any:
     def same_document_and_causal(b: Any, h: Any, q: Any, k: Any) -> Any:
         return (q >= k) & (document_BT[b, q] == document_BT[b, k])
 
     n_rows, n_tokens = document_BT.shape
-    return _create_block_mask()(same_document_and_causal, n_rows, None, n_tokens, n_tokens, device=document_BT.device)
+    return _create_block_mask(same_document_and_causal, n_rows, None, n_tokens, n_tokens, device=document_BT.device)

@@ -205,7 +205,7 @@ def test_a_full_disk_is_one_message_and_prepare_goes_on_after_space_is_freed(
         ballast.write_bytes(bytes(max(0, free - (size - own) + missing_bytes)))
         with pytest.raises(StorageError, match="No space left on device while preparing data") as caught:
             prepare(data)
-        assert str(small_disk) in str(caught.value)
+        assert str(disk) in str(caught.value)
         here = contents(data.prepared_dir) if Path(data.prepared_dir).exists() else {}
         assert "manifest.json" not in here
         for name, raw in here.items():  # whatever has a sidecar is whole
