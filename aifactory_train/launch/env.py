@@ -25,8 +25,10 @@ def rank_variables(plan: Plan) -> list[Variable]:
         Variable("OMPI_MCA_btl", "self,sm", "all ranks are on this node; keeps MPI from probing its networks"),
     ]
     if plan.machine.device.kind != "cpu":
-        why = "blocks of changing size otherwise fragment GPU memory"
-        variables.append(Variable("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True", why))
+        variables += [
+            Variable("NCCL_SOCKET_IFNAME", "lo", "all ranks are on this node; NCCL passes over loopback unless told"),
+            Variable("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True", "blocks of changing size fragment memory"),
+        ]
     return variables
 
 
