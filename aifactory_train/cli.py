@@ -22,6 +22,9 @@ def main(argv: list[str] | None = None) -> int:
     except AifactoryError as error:
         print(error.render(), file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:  # the reader of our output went away, as in `| head`
+        sys.stderr.close()  # nothing is left to tell, and Python would report the pipe once more at exit
+        return 141
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -128,9 +131,12 @@ def _launch(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
+    from aifactory_train.faults.stopflag import StopFlag
+
+    stop_flag = StopFlag()  # before torch is loaded, which takes seconds
     from aifactory_train.train.start import start
 
-    return start(args.run, args.bar, args.timeout_s)
+    return start(args.run, stop_flag, args.bar, args.timeout_s)
 
 
 def _export(args: argparse.Namespace) -> None:

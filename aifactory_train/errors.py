@@ -100,6 +100,12 @@ class Interrupted(AifactoryError):
     exit_code = 143
 
 
+_STORAGE = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR),
+}
+
+
 def storage_fault(error: BaseException) -> OSError | None:
     """The disk error inside `error` or its causes (DCP wraps one per rank), if there is one."""
     seen: set[int] = set()
@@ -109,7 +115,15 @@ def storage_fault(error: BaseException) -> OSError | None:
         if e is None or id(e) in seen:
             continue
         seen.add(id(e))
-        if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EFBIG):
+        if isinstance(e, OSError) and e.errno in (
+            errno.ENOSPC,
+            errno.EDQUOT,
+            errno.EACCES,
+            errno.EROFS,
+            errno.EFBIG,
+            errno.ENOENT,
+            errno.ENOTDIR,
+        ):
             return e
         queue += [e.__cause__, e.__context__]
         for arg in (*e.args, *getattr(e, "failures", {}).values()):

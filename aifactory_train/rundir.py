@@ -8,7 +8,9 @@ RUN/
   events.jsonl           starts, resumes, commits, stops, faults
   checkpoints/step-N/    sharded state; exists only when it holds COMMIT
   export/                Hugging Face folder of the newest commit
-  result.json            predicted beside measured
+  wandb-id               under which W&B knows the run
+      wandb-id               under which W&B knows the run
+      result.json            predicted beside measured
   report.html
 """
 
@@ -23,9 +25,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from aifactory_train.errors import AifactoryError
+from aifactory_train.errors import AifactoryError, storage_errors
 
 # The one signal that asks a run to save and stop. mpirun and Slurm forward it; NCCL and Lightning use USR1.
 STOP_SIGNAL = signal.SIGUSR2
@@ -43,6 +45,7 @@ class RunDir:
         self.events = self.root / "events.jsonl"
         self.checkpoints = self.root / "checkpoints"
         self.export = self.root / "export"
+        self.wandb_id = self.root / "wandb-id"
         self.result = self.root / "result.json"
         self.report = self.root / "report.html"
 
@@ -81,11 +84,11 @@ def fsync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def hold(folder: Path, busy: AifactoryError) -> Iterator[None]:
+def hold(folder: Path, busy: AifactoryError) -> Iterator[IO[str]]:
     """Hold the folder's lock, or raise `busy` if another process on this node holds it.
 
-    The system lets go of it when the process ends, however it ends. Where the file system has no locks, nothing
-    is held and nothing is refused.
+    The system lets go of it when the process ends, however it ends, and with it every process that was given the
+    file. Where the file system has no locks, nothing is held and nothing is refused.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as file:
@@ -96,7 +99,7 @@ def hold(folder: Path, busy: AifactoryError) -> Iterator[None]:
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
                 raise
-        yield
+        yield file
 
 
 def append_jsonl(path: Path, row: dict[str, Any]) -> None:
@@ -126,8 +129,9 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def log_event(run: RunDir, kind: str, **fields: Any) -> None:
-    """Append to events.jsonl. `time_s` is seconds since the epoch."""
-    append_jsonl(run.events, {"time_s": round(time.time(), 3), "event": kind, **fields})
+    """Append to events.jsonl. `time_s` is seconds since the epoch. Raises StorageError."""
+    with storage_errors("writing an event", run.events, "free some space and launch again"):
+        append_jsonl(run.events, {"time_s": round(time.time(), 3), "event": kind, **fields})
 
 
 def is_finished(run: RunDir) -> bool:

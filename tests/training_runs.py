@@ -115,9 +115,9 @@ def start_launch(recipe: Path, run: Path, ranks: int) -> subprocess.Popen[bytes]
     return subprocess.Popen([*command, "--cpu-ranks", str(ranks)], stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
 
 
-def kill_ranks(run: Path) -> int:
-    """SIGKILL every process that trains in this run folder, mpirun too; returns how many there were."""
-    killed = 0
+def pids(run: Path) -> list[int]:
+    """Every process that trains in this run folder, mpirun too."""
+    found = []
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit() or int(entry.name) == os.getpid():
             continue
@@ -126,12 +126,19 @@ def kill_ranks(run: Path) -> int:
         except OSError:
             continue
         if "train" in words and str(run) in words:
-            try:
-                os.kill(int(entry.name), signal.SIGKILL)
-                killed += 1
-            except ProcessLookupError:
-                pass
-    return killed
+            found.append(int(entry.name))
+    return found
+
+
+def kill_ranks(run: Path) -> int:
+    """SIGKILL all of them; returns how many there were."""
+    found = pids(run)
+    for pid in found:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+    return len(found)
 
 
 def wait_until(condition, what: str, timeout_s: float = 120.0) -> None:

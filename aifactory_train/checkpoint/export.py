@@ -143,6 +143,15 @@ def load_huggingface(decoder: nn.Module, folder: Path) -> None:
 
     _check_config(decoder.shape, folder)  # type: ignore[arg-type]
     files = _weight_files(folder)
+    ours = {n for n, _ in decoder.named_parameters()}
+    # Older folders hold the frequencies of RoPE, and tied ones a second copy of the embedding.
+    extra = [n for n in files if n not in ours and n != "lm_head.weight" and not n.endswith("rotary_emb.inv_freq")]
+    if extra:
+        raise CheckpointError(
+            f"the weights have {len(extra)} tensors that the recipe's model has not, such as {extra[0]}",
+            where=str(folder),
+            do="take a recipe of that model; biases are not supported",
+        )
     for name, parameter in decoder.named_parameters():
         do = "download the folder again, or take the recipe of that model"
         if name not in files:
@@ -171,7 +180,7 @@ def _weight_files(folder: Path) -> dict[str, str]:
 
     index = folder / INDEX
     if index.exists():
-        return dict(json.loads(index.read_text())["weight_map"])
+        return dict(_read_json(index).get("weight_map", {}))
     try:
         with safe_open(folder / "model.safetensors", framework="pt") as f:
             return dict.fromkeys(f.keys(), "model.safetensors")
@@ -187,19 +196,45 @@ def _check_config(model: Model, folder: Path) -> None:
     path = folder / "config.json"
     if not path.exists():
         raise CheckpointError("no config.json", where=str(folder), do="set model.init_from to a Hugging Face folder")
-    found, wanted = json.loads(path.read_text()), huggingface_config(model)
-    rope = found.get("rope_parameters") or found.get("rope_scaling") or {}
-    found = {**found, "rope_theta": found.get("rope_theta", rope.get("rope_theta"))}
-    keys = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "rope_theta")
+    found, wanted = _read_json(path), huggingface_config(model)
+    there, here = _rope(found), _rope(wanted)
+    keys = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
     keys += ("num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings")
     # A field that is absent or null has the default of its architecture, which the tensor shapes check.
     wrong = [f"{k}: weights {found[k]!r}, recipe {wanted[k]!r}" for k in keys if found.get(k) not in (None, wanted[k])]
+    wrong += [f"RoPE {k}: weights {there.get(k)!r}, recipe {here.get(k)!r}" for k in here if there.get(k) != here[k]]
+    wrong += [f"RoPE {k}: weights {there[k]!r}, recipe nothing" for k in there if k not in here]
+    wrong += [f"{k}: weights true, our decoder has none" for k in ("attention_bias", "mlp_bias") if found.get(k)]
+    window = found.get("sliding_window") if found.get("use_sliding_window", True) else None
+    if window is not None and window < model.max_seq_len_tokens:
+        wrong.append(f"sliding_window: weights {window}, shorter than max_seq_len_tokens {model.max_seq_len_tokens}")
     if wrong:
         raise CheckpointError(
             f"the weights are of another model: {'; '.join(wrong)}",
             where=str(path),
             do="extend the matching file of configs/models/ in the recipe",
         )
+
+
+def _rope(config: dict[str, Any]) -> dict[str, Any]:
+    """What decides the angles, from either form: `rope_parameters`, or `rope_theta` beside `rope_scaling`."""
+    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = given.get("rope_type", given.get("type", "default"))
+    names = () if kind == "default" else tuple(k for k in given if k not in ("rope_type", "type", "rope_theta"))
+    return {
+        "rope_theta": float(config.get("rope_theta") or given.get("rope_theta") or 10000.0),
+        "rope_type": kind,
+        **{k: float(given[k]) for k in names if isinstance(given[k], int | float)},
+    }
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"{path.name} cannot be read: {error}", where=str(path), do="download the folder again"
+        ) from None
 
 
 def sample(folder: Path, prompt: str, n_tokens: int, seed: int) -> str:

@@ -19,10 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from aifactory_train.checkpoint.dcp import Stager, State, read_tensors, write_tensors
-from aifactory_train.errors import AifactoryError, CheckpointError, storage_errors
+from aifactory_train.errors import AifactoryError, CheckpointError, StorageError, storage_errors
 from aifactory_train.rundir import fsync_folder, write_atomic
 
 COMMIT = "COMMIT"
@@ -115,13 +116,20 @@ class CheckpointManager:
         folder: checkpoints/ of the run.
         keep: how many commits stay; older ones are removed after each commit.
         asynchronous: write in a thread while training goes on.
+        device: of this rank; the writing thread works on it.
         on_commit: called on rank 0 with (commit, seconds) after each commit.
     """
 
     def __init__(
-        self, folder: Path, keep: int, asynchronous: bool, on_commit: Callable[[Commit, float], None] | None = None
+        self,
+        folder: Path,
+        keep: int,
+        asynchronous: bool,
+        device: torch.device,
+        on_commit: Callable[[Commit, float], None] | None = None,
     ) -> None:
         self.folder, self.keep, self.asynchronous, self.on_commit = folder, keep, asynchronous, on_commit
+        self.device = device
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         # A group of its own: the writing thread talks here while the training thread talks elsewhere.
         self._group = dist.new_group(backend="gloo")
@@ -130,8 +138,9 @@ class CheckpointManager:
         self._error: BaseException | None = None
         if self.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            for stale in folder.glob("step-*.tmp"):
-                shutil.rmtree(stale)
+            for stale in folder.glob("step-*"):
+                if stale.suffix == ".tmp" or not (stale / COMMIT).exists():
+                    shutil.rmtree(stale)
         dist.barrier(group=self._group)
 
     def latest(self) -> Commit | None:
@@ -143,21 +152,32 @@ class CheckpointManager:
 
         return self.together(lambda: look() if self.rank == 0 else None)[0]
 
-    def load(self, commit: Commit, state: State, model: dict[str, Any]) -> None:
-        """Verify the files (each rank a share of them), then fill `state` in place."""
+    def check(self, commit: Commit, model: dict[str, Any]) -> None:
+        """Verify that the commit is of this model and its files are whole; each rank reads a share of them."""
         self.together(lambda: check_model(commit, model, self.folder))
         self.together(lambda: verify_files(self.folder, commit, self.rank, self.world_size))
+
+    def load(self, commit: Commit, state: State) -> None:
+        """Fill `state` in place from a commit that `check` has passed."""
         read_tensors(state, step_folder(self.folder, commit.step), self._group)
 
     def save(self, step: int, tokens: int, state: State, model: dict[str, Any]) -> None:
-        """Stage now, write and commit later (or now, if not asynchronous). Raises what the save before met."""
-        self.wait()
+        """Stage now, write and commit later (or now, if not asynchronous).
+
+        If the disk refused the save before, this one is written at once in its place, so that the newer state is
+        kept if there is room by now; if not, StorageError.
+        """
+        failed = False
+        try:
+            self.wait()
+        except StorageError:
+            failed = True  # on all ranks alike: `together` and DCP raise everywhere
         staged = self._stager.stage(state) if self.asynchronous else state
         self._thread = threading.Thread(
             target=self._write, args=(step, tokens, staged, model), name="checkpoint", daemon=True
         )
         self._thread.start()
-        if not self.asynchronous:
+        if failed or not self.asynchronous:
             self.wait()
 
     def wait(self) -> None:
@@ -171,6 +191,8 @@ class CheckpointManager:
 
     def _write(self, step: int, tokens: int, state: State, model: dict[str, Any]) -> None:
         t0_s = time.monotonic()
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # a new thread begins on device 0, and would wait for that one's copies
         final = step_folder(self.folder, step)
         tmp = final.with_name(final.name + ".tmp")
         last = committed_steps(self.folder)[-1:]
@@ -181,8 +203,8 @@ class CheckpointManager:
                 files = self.together(lambda: self._own_files(tmp))
                 commit = Commit(step, tokens, self.world_size, model, {k: v for part in files for k, v in part.items()})
                 self.together(lambda: self._commit(commit, tmp, final) if self.rank == 0 else None)
-            if self.rank == 0 and self.on_commit is not None:
-                self.on_commit(commit, time.monotonic() - t0_s)
+                if self.rank == 0 and self.on_commit is not None:
+                    self.on_commit(commit, time.monotonic() - t0_s)
         except BaseException as error:
             if isinstance(error, AifactoryError):
                 error.on_every_rank = True
@@ -206,6 +228,9 @@ class CheckpointManager:
             # Without COMMIT first, so that a kill half-way leaves no commit with missing files.
             (place / COMMIT).unlink()
             shutil.rmtree(place)
+
+    def barrier(self) -> None:
+        dist.barrier(group=self._group)
 
     def together(self, work: Callable[[], Any]) -> list[Any]:
         """Do `work` on every rank; if it failed on one, raise that on all. Returns the results by rank."""

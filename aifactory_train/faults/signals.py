@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import signal
-from types import FrameType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from aifactory_train.rundir import STOP_SIGNAL
+from aifactory_train.faults.stopflag import StopFlag
 
 
 class StopAgreement:
@@ -19,17 +17,12 @@ class StopAgreement:
     and no GPU is synchronised. So a run stops one step after the signal.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, stop_flag: StopFlag) -> None:
         """Collective: makes a group of its own, so that these messages meet no others."""
-        self.signal_number = 0
+        self._stop_flag = stop_flag
         self._group = dist.new_group(backend="gloo")
         self._flag = torch.zeros(1, dtype=torch.int32)
         self._pending: Any = None
-        for number in (STOP_SIGNAL, signal.SIGTERM):
-            signal.signal(number, self._on_signal)
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.signal_number = number
 
     def at_step_boundary(self) -> int:
         """Number of the signal that any rank had got by the last boundary, 0 if none. All ranks arrive."""
@@ -37,7 +30,7 @@ class StopAgreement:
         if self._pending is not None:
             self._pending.wait()
             agreed = int(self._flag.item())
-        self._flag.fill_(self.signal_number)
+        self._flag.fill_(self._stop_flag.signal_number)
         self._pending = dist.all_reduce(self._flag, dist.ReduceOp.MAX, group=self._group, async_op=True)
         return agreed
 

@@ -11,8 +11,6 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
-import yaml
-
 from aifactory_train.data.shards import check_fits_model, load_prepared
 from aifactory_train.errors import RunFolderError, storage_errors
 from aifactory_train.launch.env import rank_environment, rank_variables
@@ -20,6 +18,7 @@ from aifactory_train.launch.mpi import mpirun_command
 from aifactory_train.plan.plan import Plan
 from aifactory_train.recipe.load import dump_recipe
 from aifactory_train.rundir import STOP_SIGNAL, RunDir, hold, is_finished, write_atomic
+from aifactory_train.strictyaml import read_yaml
 
 _CHUNK_BYTES = 1 << 16
 # mpirun's own notice that a rank has failed stands between two such lines, below the rank's message.
@@ -39,11 +38,11 @@ def launch_local(plan: Plan, run: RunDir) -> int:
         do="wait until it has ended, or stop it with Ctrl-C there",
     )
     do = "free space or get the permission there and launch again, or give another folder: --run RUN"
-    with storage_errors("writing the run folder", run.root, do), hold(run.root, busy):
-        return _start_ranks(plan, run)
+    with storage_errors("writing the run folder", run.root, do), hold(run.root, busy) as lock:
+        return _start_ranks(plan, run, lock)
 
 
-def _start_ranks(plan: Plan, run: RunDir) -> int:
+def _start_ranks(plan: Plan, run: RunDir, lock: IO[str]) -> int:
     program = [sys.executable, "-m", "aifactory_train", "train", str(run.root)]
     if sys.stdout.isatty():
         program.append("--bar")
@@ -54,18 +53,21 @@ def _start_ranks(plan: Plan, run: RunDir) -> int:
     lines = [f"export {v.name}={shlex.quote(v.value)}  # {v.why}" for v in rank_variables(plan)]
     write_atomic(attempt / "command.sh", "\n".join([*lines, shlex.join(command), ""]))
     with open(attempt / "log.txt", "wb") as log:
-        return _run(command, rank_environment(plan), log)
+        return _run(command, rank_environment(plan), log, lock)
 
 
 def check_run_folder(plan: Plan, run: RunDir) -> None:
     """Refuse a folder that holds a run of another recipe; names the keys that differ."""
+    if run.root.exists() and not run.root.is_dir():
+        raise RunFolderError("the run folder is a file", where=str(run.root), do="give a folder: --run RUN")
     if not run.recipe.exists():
         if run.root.exists() and any(p.name != ".lock" for p in run.root.iterdir()):
             raise RunFolderError(
                 "the folder holds files but no run", where=str(run.root), do="give an empty or new folder: --run RUN"
             )
         return
-    before, now = yaml.safe_load(run.recipe.read_text()), yaml.safe_load(dump_recipe(plan.recipe))
+    before = read_yaml(run.recipe, {}, RunFolderError)
+    now = plan.recipe.model_dump(mode="json")
     changed = sorted(_differences(before, now, ""))
     if changed:
         raise RunFolderError(
@@ -83,42 +85,62 @@ def _differences(a: Any, b: Any, key: str) -> list[str]:
 
 
 def write_run_folder(plan: Plan, run: RunDir) -> None:
-    if not run.recipe.exists():
-        write_atomic(run.recipe, dump_recipe(plan.recipe))
-    write_atomic(run.plan, plan.to_json())
+    """Leave recipe and plan for the ranks. Raises StorageError."""
+    with storage_errors("writing the run folder", run.root, "free space or give another folder: --run RUN"):
+        if not run.recipe.exists():
+            write_atomic(run.recipe, dump_recipe(plan.recipe))
+        write_atomic(run.plan, plan.to_json())
 
 
-def _run(command: list[str], env: dict[str, str], log: IO[bytes]) -> int:
-    """Run to the end. The first Ctrl-C or SIGTERM asks the ranks to save and stop, the second one kills them."""
-    # Its own session: the terminal's Ctrl-C would reach mpirun directly, which kills without saving.
+def _run(command: list[str], env: dict[str, str], log: IO[bytes], lock: IO[str]) -> int:
+    """Run to the end. The first Ctrl-C, SIGTERM or hang-up asks the ranks to save and stop, the second kills them."""
+    # Its own session: the terminal's Ctrl-C would reach mpirun directly, which kills without saving. The lock goes
+    # with it: should this launcher die, the run folder stays held for as long as the ranks live.
     process = subprocess.Popen(
-        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+        command,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        pass_fds=(lock.fileno(),),
     )
     asked = False
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         nonlocal asked
         process.send_signal(signal.SIGTERM if asked else STOP_SIGNAL)
-        if not asked:
-            print("stopping after this step and saving; once more to kill", flush=True)
+        if not asked and number != signal.SIGHUP:  # after a hang-up there is nobody to tell
+            os.write(2, b"stopping after this step and saving; once more to kill\n")
         asked = True
 
-    before = {n: signal.signal(n, on_signal) for n in (signal.SIGINT, signal.SIGTERM, STOP_SIGNAL)}
+    before = {n: signal.signal(n, on_signal) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, STOP_SIGNAL)}
     try:
         assert process.stdout is not None
-        held = b""
-        while chunk := os.read(process.stdout.fileno(), _CHUNK_BYTES):
+        _pass_on(process.stdout.fileno(), log, process)
+        code = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return code if code >= 0 else 128 - code
+
+
+def _pass_on(source: int, log: IO[bytes], process: subprocess.Popen[bytes]) -> None:
+    """Output of the ranks to the log and the terminal. If one of them is gone, the run is asked to save and stop."""
+    held = b""
+    try:
+        while chunk := os.read(source, _CHUNK_BYTES):
             log.write(chunk)
             log.flush()
             shown, held = without_notice(held + chunk)
             sys.stdout.buffer.write(shown)
             sys.stdout.buffer.flush()
         sys.stdout.buffer.write(held)
-        code = process.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    return code if code >= 0 else 128 - code
+    except OSError:
+        process.send_signal(STOP_SIGNAL)
+        while os.read(source, _CHUNK_BYTES):  # mpirun would wait for a reader
+            pass
+        process.wait()
+        raise
 
 
 def without_notice(output: bytes) -> tuple[bytes, bytes]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import sys
 import time
 from typing import Any
@@ -10,7 +11,7 @@ from tqdm import tqdm
 
 from aifactory_train.errors import StorageError, UserError
 from aifactory_train.plan.plan import Plan
-from aifactory_train.rundir import RunDir, append_jsonl
+from aifactory_train.rundir import RunDir, append_jsonl, write_atomic
 from aifactory_train.units import format_fraction, format_rate, format_seconds
 
 
@@ -84,9 +85,16 @@ def _open_wandb(run: RunDir, plan: Plan) -> Any:
     return wandb.init(
         project=metrics.wandb_project,
         name=plan.recipe.name,
-        id=f"{plan.recipe.name}-{plan.recipe_hash[:12]}",
+        id=_wandb_id(run),
         dir=run.root,
         mode=metrics.wandb,
         resume="allow",
         config=plan.recipe.model_dump(mode="json"),
     )
+
+
+def _wandb_id(run: RunDir) -> str:
+    """The same for all attempts of a run folder, another for each folder."""
+    if not run.wandb_id.exists():
+        write_atomic(run.wandb_id, secrets.token_hex(6))
+    return run.wandb_id.read_text()

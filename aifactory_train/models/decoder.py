@@ -19,9 +19,9 @@ from aifactory_train.models.parts import ModelParts, copy_into, local_tensor
 from aifactory_train.recipe.schema import Model
 
 
-def rope_frequencies(model: Model) -> Tensor:
+def rope_frequencies(model: Model, device: torch.device) -> Tensor:
     """Angle per position of each rotated pair, float32, shape (H/2,). Llama-3 scaling as in its model card."""
-    exponent = torch.arange(0, model.head_size, 2, dtype=torch.float32) / model.head_size
+    exponent = torch.arange(0, model.head_size, 2, dtype=torch.float32, device=device) / model.head_size
     freq_P = 1.0 / (model.rope_theta**exponent)
     scaling = model.rope_scaling
     if scaling is None:
@@ -141,7 +141,7 @@ class Decoder(nn.Module):
         """cos and sin of every angle, float32, (B or 1, T, H/2)."""
         if position_BT is None:
             position_BT = torch.arange(input_BT.shape[1], device=input_BT.device)[None]
-        angle_BTP = position_BT[..., None].float() * rope_frequencies(self.shape).to(input_BT.device)
+        angle_BTP = position_BT[..., None].float() * rope_frequencies(self.shape, input_BT.device)
         return angle_BTP.cos(), angle_BTP.sin()
 
 

@@ -60,12 +60,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (scale,) = grad_outputs
         grad_hidden_ND, grad_weight_VD = ctx.saved_tensors
-        return (
-            grad_hidden_ND * scale.to(grad_hidden_ND.dtype),
-            (grad_weight_VD * scale).to(ctx.weight_dtype),
-            None,
-            None,
-        )
+        # A scale rounded to bf16 would give the blocks other gradients than the head, by up to 0.4 %.
+        grad_hidden_ND = (grad_hidden_ND.float() * scale).to(grad_hidden_ND.dtype)
+        return grad_hidden_ND, (grad_weight_VD * scale).to(ctx.weight_dtype), None, None
 
 
 def cross_entropy_sum(

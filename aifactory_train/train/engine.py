@@ -28,7 +28,10 @@ class Engine(Protocol):
     """All methods are collective: every rank of the run arrives."""
 
     def rehearse(self, batch: Batch) -> None:
-        """One forward and backward that changes nothing: compiles, and finds out-of-memory before step 1."""
+        """One forward and backward that changes nothing: compiles, and finds most of out-of-memory before step 1.
+
+        The optimizer makes its state in step 1, so that step may still find more.
+        """
 
     def train_step(self, batch: Batch, step: int) -> StepStats:
         """Optimizer step number `step` (from 1) on this rank's rows of the global batch."""

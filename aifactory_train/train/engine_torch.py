@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -31,8 +33,14 @@ class TorchEngine:
         self.optimizers = build_optimizers(parts, plan.recipe.optim, DTYPES[plan.layout.precision])
 
     def rehearse(self, batch: Batch) -> None:
-        try:
+        with self._memory_errors():
             self._forward_backward(batch)
+        self._zero_grad()
+
+    @contextmanager
+    def _memory_errors(self) -> Iterator[None]:
+        try:
+            yield
         except torch.OutOfMemoryError as error:
             predicted = format_bytes(self.plan.predicted.peak_memory_bytes)
             rows = self.plan.layout.micro_batch_rows
@@ -41,9 +49,12 @@ class TorchEngine:
                 where=f"predicted peak {predicted} at train.micro_batch_rows={rows}",
                 do=f"--set train.micro_batch_rows={max(1, rows // 2)}, or more nodes",
             ) from None
-        self._zero_grad()
 
     def train_step(self, batch: Batch, step: int) -> StepStats:
+        with self._memory_errors():
+            return self._train_step(batch, step)
+
+    def _train_step(self, batch: Batch, step: int) -> StepStats:
         loss_sum, n_valid_tokens = self._forward_backward(batch)
         grad_norm = torch.nn.utils.clip_grad_norm_(
             self.parts.root.parameters(), self.plan.recipe.optim.grad_clip_norm, foreach=True
@@ -60,7 +71,7 @@ class TorchEngine:
 
     def _forward_backward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Gradients of (sum of losses / global count of valid tokens). One reduction, after the last micro-batch."""
-        n_valid_tokens = torch.tensor(float(batch.n_valid_tokens), device=self.device)
+        n_valid_tokens = torch.full((), float(batch.n_valid_tokens), device=self.device)  # no copy, so no sync
         dist.all_reduce(n_valid_tokens)  # axis dp_shard: every rank has a batch at every step
         loss_sum = torch.zeros((), device=self.device)
         rows = self.plan.layout.micro_batch_rows

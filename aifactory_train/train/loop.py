@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import signal
 import time
+from typing import Any
 
-from aifactory_train.errors import Interrupted
+from aifactory_train.errors import Interrupted, TrainingFault
 from aifactory_train.faults.guard import check_finite
 from aifactory_train.rundir import log_event
 from aifactory_train.train.setup import Run
@@ -38,7 +39,7 @@ def train(run: Run) -> None:
         if save or step % log_every == 0 or step == run.first_step + 1:
             row = run.meter.row(step, stats.grad_norm, stats.lr, run.loader.wait_s - wait_s)
             wait_s = run.loader.wait_s
-            check_finite(row)
+            _check_finite(run, row)
             if run.sinks is not None:
                 run.sinks.write(row)
         if save:
@@ -53,6 +54,15 @@ def train(run: Run) -> None:
     if run.sinks is not None:
         log_event(run.folder, "finish", step=n_steps, wall_s=round(time.monotonic() - t0_s, 3))
         run.sinks.note(f"finished: step {n_steps}, {format_count(n_steps * recipe.train.global_batch_tokens)} tokens")
+
+
+def _check_finite(run: Run, row: dict[str, Any]) -> None:
+    try:
+        check_finite(row)
+    except TrainingFault as fault:
+        fault.on_every_rank = True  # the row is reduced over all ranks
+        run.checkpoints.wait()  # the save under way is of an earlier, good state
+        raise
 
 
 def _report_stop(run: Run, step: int, number: int) -> None:

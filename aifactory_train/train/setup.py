@@ -15,7 +15,9 @@ from aifactory_train.checkpoint.export import load_huggingface
 from aifactory_train.checkpoint.manager import CheckpointManager, Commit, step_folder
 from aifactory_train.data.loader import Loader
 from aifactory_train.data.shards import Prepared, check_fits_model, load_prepared
+from aifactory_train.errors import PlanError
 from aifactory_train.faults.signals import StopAgreement
+from aifactory_train.faults.stopflag import StopFlag
 from aifactory_train.metrics.meter import Meter
 from aifactory_train.metrics.sinks import Sinks
 from aifactory_train.models.decoder import Decoder, init_weights
@@ -56,11 +58,14 @@ class Run:
             self.sinks.close()
 
 
-def build_run(root: Path, ranks: Ranks, bar: bool = False, timeout_s: float = RENDEZVOUS_TIMEOUT_S) -> Run:
+def build_run(
+    root: Path, ranks: Ranks, stop_flag: StopFlag, bar: bool = False, timeout_s: float = RENDEZVOUS_TIMEOUT_S
+) -> Run:
     """Read plan.json and build the run. Collective: all ranks arrive.
 
     Args:
         root: the run folder, with plan.json.
+        stop_flag: remembers signals since the process began.
         bar: draw a progress bar on rank 0 instead of lines.
         timeout_s: how long ranks wait for each other at the start.
     """
@@ -81,7 +86,7 @@ def build_run(root: Path, ranks: Ranks, bar: bool = False, timeout_s: float = RE
         log_event(folder, "commit", step=commit.step, seconds=round(seconds, 3), bytes=commit.n_bytes)
 
     every = plan.recipe.checkpoint
-    checkpoints = CheckpointManager(folder.checkpoints, every.keep, every.asynchronous, committed)
+    checkpoints = CheckpointManager(folder.checkpoints, every.keep, every.asynchronous, device, committed)
     checkpoints.together(lambda: prepared.verify(ranks.rank, ranks.world_size))
     commit = checkpoints.latest()
     engine = build_engine(plan, device, fresh=commit is None)
@@ -100,15 +105,22 @@ def build_run(root: Path, ranks: Ranks, bar: bool = False, timeout_s: float = RE
         for note in [_headline(plan, device), prepared.describe(), *notes]:
             sinks.note(note)
     meter = Meter(plan, device, attempt)
-    return Run(folder, plan, ranks, engine, loader, meter, sinks, checkpoints, StopAgreement(), first_step)
+    return Run(folder, plan, ranks, engine, loader, meter, sinks, checkpoints, StopAgreement(stop_flag), first_step)
 
 
 def pick_device(plan: Plan, ranks: Ranks) -> torch.device:
     """The device of this rank: its GPU, or the CPU where the plan's machine has none."""
     if plan.machine.device.kind == "cpu":
         return torch.device("cpu")
+    n_seen = torch.cuda.device_count()
     # A launcher that shows each rank only its own GPU makes it number 0 everywhere.
-    index = ranks.local_rank if torch.cuda.device_count() > 1 else 0
+    index = ranks.local_rank if n_seen > 1 else 0
+    if n_seen <= index:
+        raise PlanError(
+            f"the plan wants a GPU for local rank {ranks.local_rank}; torch {torch.__version__} sees {n_seen}",
+            where=f"machine {plan.machine.name}: device.kind {plan.machine.device.kind}",
+            do="install a torch built for these GPUs (make SITE_TORCH=1), or look at CUDA_VISIBLE_DEVICES",
+        )
     device = torch.device("cuda", index)
     torch.cuda.set_device(device)
     return device
@@ -141,10 +153,11 @@ def build_loader(plan: Plan, ranks: Ranks, prepared: Prepared, pin_memory: bool)
 
 def resume(plan: Plan, ranks: Ranks, engine: Engine, checkpoints: CheckpointManager, commit: Commit) -> None:
     """Load a commit, written by any number of ranks. A rank that was not there keeps its seeded random state."""
+    checkpoints.check(commit, plan.recipe.model.model_dump(mode="json"))
     stored = stored_tensors(step_folder(checkpoints.folder, commit.step))
     rng = {k: v for k, v in rng_state(ranks.rank).items() if f"rng.{k}" in stored}
     state = {**engine.state_dict(), "rng": rng}
-    checkpoints.load(commit, state, plan.recipe.model.model_dump(mode="json"))
+    checkpoints.load(commit, state)
     engine.load_state_dict(state)
     if rng:
         set_rng_state(rng, ranks.rank)

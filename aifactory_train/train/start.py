@@ -11,6 +11,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from aifactory_train.errors import AifactoryError, TrainingFault
+from aifactory_train.faults.stopflag import StopFlag
 from aifactory_train.rundir import RunDir, log_event
 from aifactory_train.train.loop import train
 from aifactory_train.train.ranks import find_ranks
@@ -22,7 +23,7 @@ _PEER_LOST = re.compile(
 )
 
 
-def start(root: Path, bar: bool, timeout_s: float) -> int:
+def start(root: Path, stop_flag: StopFlag, bar: bool, timeout_s: float) -> int:
     """Exit code of this rank: 0, or that of the error, which has been printed.
 
     Every way out but success is `os._exit`: interpreter shutdown would wait for threads and process groups
@@ -32,11 +33,15 @@ def start(root: Path, bar: bool, timeout_s: float) -> int:
     try:
         ranks = find_ranks(timeout_s)
         rank = ranks.rank
-        run = build_run(root, ranks, bar, timeout_s)
+        run = build_run(root, ranks, stop_flag, bar, timeout_s)
         try:
             train(run)
-        finally:
             run.close()
+        except AifactoryError as error:
+            if error.on_every_rank:
+                run.close()
+                run.checkpoints.barrier()  # the first rank to leave makes mpirun kill the others
+            raise
         dist.destroy_process_group()
         return 0
     except AifactoryError as error:
@@ -68,6 +73,6 @@ def _report(error: AifactoryError, rank: int, root: Path) -> int:
     if rank == 0 and root.is_dir() and error.exit_code != 143:
         try:
             log_event(RunDir(root), "fault", message=error.what)
-        except OSError as disk:
-            print(f"events.jsonl could not be written: {disk.strerror}", file=sys.stderr)
+        except AifactoryError as disk:
+            print(disk.render(), file=sys.stderr)
     return error.exit_code

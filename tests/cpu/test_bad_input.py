@@ -4,8 +4,10 @@ import json
 import shutil
 
 import pytest
+import torch
+import torch.distributed as dist
 
-from aifactory_train.checkpoint.manager import committed_steps, step_folder
+from aifactory_train.checkpoint.manager import CheckpointManager, committed_steps, step_folder
 from aifactory_train.rundir import RunDir
 from training_runs import aifactory, assert_refused, launch, launched, write_recipe
 
@@ -98,6 +100,8 @@ def test_a_damaged_checkpoint_file_is_refused_by_name_and_the_advice_works(words
     assert_refused(launch(recipe, run, 2), "__0_0.distcp", "sha256 differs", "starts from step 0")
     data.write_bytes(raw[:-100])
     assert_refused(launch(recipe, run), "__0_0.distcp", "COMMIT says")
+    (step / ".metadata").write_bytes((step / ".metadata").read_bytes()[:100])
+    assert_refused(launch(recipe, run), ".metadata has 100 bytes")
     shutil.move(step, tmp_path / "elsewhere")
     assert launched(recipe, run)[-1]["step"] == 20
 
@@ -129,6 +133,38 @@ def test_a_full_disk_while_saving_keeps_the_commit_before_it(words, tmp_path, sm
     done = launch(recipe, run, ranks)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "resumed at step 10" in done.stdout
+
+
+def test_a_save_after_a_failed_one_is_kept_if_there_is_room_by_then(tmp_path, small_disk):
+    disk = small_disk(4)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        manager = CheckpointManager(disk / "checkpoints", 2, True, torch.device("cpu"))
+        state = {"model": {"w": torch.arange(200_000.0)}}
+        (disk / "ballast").write_bytes(bytes(3_800_000))
+        manager.save(10, 100, state, {})
+        manager._thread.join()
+        (disk / "ballast").unlink()
+        manager.save(20, 200, state, {})
+        assert committed_steps(disk / "checkpoints") == [20]
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_step_folder_without_commit_does_not_exist(words, tmp_path):
+    recipe, run, _ = unfinished(words, tmp_path)
+    left = step_folder(RunDir(run).checkpoints, 20)
+    left.mkdir()
+    (left / "__0_0.distcp").write_bytes(b"half")
+    assert launched(recipe, run)[-1]["step"] == 20
+    assert committed_steps(RunDir(run).checkpoints) == [10, 20]
+
+
+def test_a_run_folder_that_is_a_file_or_cannot_be_made_is_refused(words, tmp_path):
+    (tmp_path / "file").write_text("")
+    recipe = write_recipe(tmp_path, **words)
+    assert_refused(launch(recipe, tmp_path / "file"), "the run folder is a file")
+    assert_refused(aifactory("plan", recipe, "--run", "/proc/nowhere"), "/proc/nowhere")
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_is_not_saved(words, tmp_path):

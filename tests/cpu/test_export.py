@@ -127,3 +127,16 @@ def test_the_report_of_a_real_run_has_predicted_beside_measured(trained):
     assert result["provenance"]["git_sha"] and result["provenance"]["versions"]["torch"]
     page = run.report.read_text()
     assert "<svg" in page and str(run.report) in done.stdout
+
+
+def test_weights_with_other_angles_or_with_biases_are_refused(words, trained, tmp_path):
+    folder = tmp_path / "weights"
+    shutil.copytree(RunDir(trained("llama")[1]).export, folder)
+    plain = write_recipe(tmp_path, **words, model__init_from=str(folder))
+    assert_refused(launch(plain, tmp_path / "run"), "RoPE rope_type: weights 'llama3', recipe 'default'")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "attention_bias": True}))
+    recipe = write_recipe(tmp_path, **words, **FAMILIES["llama"], model__init_from=str(folder))
+    assert_refused(launch(recipe, tmp_path / "run2"), "attention_bias: weights true")
+    (folder / "config.json").write_text("{")
+    assert_refused(launch(recipe, tmp_path / "run3"), "config.json cannot be read")

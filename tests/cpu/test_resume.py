@@ -10,7 +10,7 @@ import pytest
 from aifactory_train.checkpoint.manager import COMMIT, committed_steps
 from aifactory_train.results.record import read_metrics
 from aifactory_train.rundir import RunDir, read_jsonl
-from training_runs import kill_ranks, launch, launched, start_launch, wait_until, write_recipe
+from training_runs import assert_refused, kill_ranks, launch, launched, pids, start_launch, wait_until, write_recipe
 
 EXACT = ("step", "tokens", "loss", "grad_norm", "lr")
 
@@ -139,3 +139,35 @@ def test_the_second_signal_kills(words, tmp_path):
     except subprocess.TimeoutExpired:
         kill_ranks(run)
         raise
+
+
+def test_a_signal_during_start_up_is_heeded_after_the_first_step(words, tmp_path):
+    recipe, run = write_recipe(tmp_path, **words, train__budget_tokens=10**8), tmp_path / "run"
+    process = start_launch(recipe, run, 2)
+    wait_until(lambda: len(pids(run)) >= 2, "the ranks")
+    time.sleep(0.7)  # torch is being loaded
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 143
+    assert committed_steps(RunDir(run).checkpoints)[-1] <= 2
+
+
+def test_a_run_whose_launcher_died_is_not_started_a_second_time(words, tmp_path):
+    recipe, run = write_recipe(tmp_path, **words, train__budget_tokens=10**8), tmp_path / "run"
+    process = start_launch(recipe, run, 2)
+    wait_until(lambda: last_step(run) >= 2, "step 2")
+    process.kill()
+    process.wait()
+    try:
+        assert pids(run), "the ranks live on"
+        assert_refused(launch(recipe, run, 2), "being trained already")
+    finally:
+        kill_ranks(run)
+
+
+def test_a_hang_up_saves_and_stops(words, tmp_path):
+    recipe, run = write_recipe(tmp_path, **words, train__budget_tokens=10**8), tmp_path / "run"
+    process = start_launch(recipe, run, 2)
+    wait_until(lambda: last_step(run) >= 2, "step 2")
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(timeout=60) == 143
+    assert committed_steps(RunDir(run).checkpoints) == [last_step(run)]
