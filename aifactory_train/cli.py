@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aifactory_train import __version__
-from aifactory_train.errors import AifactoryError
+from aifactory_train.errors import AifactoryError, storage_errors
 
 if TYPE_CHECKING:
     from aifactory_train.plan.plan import Plan
@@ -59,18 +59,18 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--cpu-ranks", type=int, default=1, help="ranks where the machine has no GPU (default 1)")
             sub.add_argument("--run", type=Path, help="run folder (default runs/NAME)")
     train = verb("train", "what each rank runs: train the plan of a run folder", _train)
-    train.add_argument("run", type=Path)
+    train.add_argument("run", type=Path, help="run folder that holds plan.json")
     train.add_argument("--bar", action="store_true", help="progress bar instead of log lines")
     train.add_argument("--timeout-s", type=float, default=300.0, help="how long ranks wait for each other at start")
     export = verb("export", "newest commit to a Hugging Face folder", _export)
-    export.add_argument("run", type=Path)
+    export.add_argument("run", type=Path, help="run folder")
     report = verb("report", "result.json, report.html and a summary of a run", _report)
-    report.add_argument("run", type=Path)
+    report.add_argument("run", type=Path, help="run folder")
     sample = verb("sample", "text by the exported model, through plain transformers", _sample)
-    sample.add_argument("run", type=Path)
-    sample.add_argument("--prompt", default="def __init__(self")
-    sample.add_argument("--tokens", type=int, default=60)
-    sample.add_argument("--seed", type=int, default=0)
+    sample.add_argument("run", type=Path, help="run folder that has been exported")
+    sample.add_argument("--prompt", default="def __init__(self", help="text to continue (default: %(default)s)")
+    sample.add_argument("--tokens", type=int, default=60, help="tokens to generate (default %(default)s)")
+    sample.add_argument("--seed", type=int, default=0, help="of the random choice (default %(default)s)")
     return parser
 
 
@@ -87,7 +87,8 @@ def _probe(args: argparse.Namespace) -> None:
     device = torch.device("cpu" if machine.device.kind == "cpu" else "cuda")
     rates = {n: measure_matmul_flops_per_s(device, t) for n, t in (("fp32", torch.float32), ("bf16", torch.bfloat16))}
     measured = Measured(matmul_flops_per_s=ByDtype(**rates), memory_bytes_per_s=measure_memory_bytes_per_s(device))
-    write_machine(with_measured(machine, measured), args.out)
+    with storage_errors("writing the machine file", args.out, "give another file: --out FILE"):
+        write_machine(with_measured(machine, measured), args.out)
     shown = ", ".join(f"{n} {format_flops_per_s(r)}" for n, r in rates.items())
     print(f"{machine.device.per_node} x {machine.device.name}: matmul {shown}, ", end="")
     print(f"memory {format_bytes_per_s(measured.memory_bytes_per_s)}\nwritten: {args.out}")
@@ -120,6 +121,8 @@ def _plan(args: argparse.Namespace) -> None:
         check_run_folder(plan, run)
         write_run_folder(plan, run)
         print(f"written: {run.plan}")
+    else:
+        print("not written; --run RUN writes it into a run folder")
 
 
 def _launch(args: argparse.Namespace) -> int:
@@ -141,26 +144,25 @@ def _train(args: argparse.Namespace) -> int:
 
 def _export(args: argparse.Namespace) -> None:
     from aifactory_train.checkpoint.export import export_run
-    from aifactory_train.data.shards import load_prepared
     from aifactory_train.plan.plan import load_plan
-    from aifactory_train.rundir import RunDir
+    from aifactory_train.rundir import RunDir, existing_run
 
-    run = RunDir(args.run)
-    plan = load_plan(run.plan)
-    print(f"exported: {export_run(run, plan, load_prepared(plan.recipe.data).tokenizer_dir)}")
+    run = RunDir(existing_run(args.run))
+    print(export_run(run, load_plan(run.plan)))
 
 
 def _report(args: argparse.Namespace) -> None:
     from aifactory_train.results.report import summary, write_report
-    from aifactory_train.rundir import RunDir
+    from aifactory_train.rundir import RunDir, existing_run
 
-    run = RunDir(args.run)
-    write_report(run)
+    run = RunDir(existing_run(args.run))
+    with storage_errors("writing the report", run.root, "get the permission or free space there"):
+        write_report(run)
     print(summary(run))
 
 
 def _sample(args: argparse.Namespace) -> None:
     from aifactory_train.checkpoint.export import sample
-    from aifactory_train.rundir import RunDir
+    from aifactory_train.rundir import RunDir, existing_run
 
-    print(sample(RunDir(args.run).export, args.prompt, args.tokens, args.seed))
+    print(sample(RunDir(existing_run(args.run)).export, args.prompt, args.tokens, args.seed))

@@ -7,6 +7,7 @@ RUN/
   metrics.jsonl          one JSON object per log line, appended by rank 0
   events.jsonl           starts, resumes, commits, stops, faults
   checkpoints/step-N/    sharded state; exists only when it holds COMMIT
+  tokenizer/             copy of the one that the text was prepared with
   export/                Hugging Face folder of the newest commit
   wandb-id               under which W&B knows the run
       wandb-id               under which W&B knows the run
@@ -27,10 +28,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from aifactory_train.errors import AifactoryError, storage_errors
+from aifactory_train.errors import AifactoryError, RunFolderError, storage_errors
 
 # The one signal that asks a run to save and stop. mpirun and Slurm forward it; NCCL and Lightning use USR1.
 STOP_SIGNAL = signal.SIGUSR2
+
+# What makes a checkpoint folder a checkpoint.
+COMMIT = "COMMIT"
 
 
 class RunDir:
@@ -44,6 +48,7 @@ class RunDir:
         self.metrics = self.root / "metrics.jsonl"
         self.events = self.root / "events.jsonl"
         self.checkpoints = self.root / "checkpoints"
+        self.tokenizer = self.root / "tokenizer"
         self.export = self.root / "export"
         self.wandb_id = self.root / "wandb-id"
         self.result = self.root / "result.json"
@@ -57,6 +62,18 @@ class RunDir:
         if not self.attempts.is_dir():
             return 0
         return max((int(p.name) for p in self.attempts.iterdir() if p.name.isdigit()), default=0)
+
+
+def existing_run(root: Path) -> Path:
+    """`root`, if it is a run folder; otherwise RunFolderError that names those there are."""
+    if (root / "plan.json").exists():
+        return root
+    others = sorted(str(p.parent) for p in Path("runs").glob("*/plan.json"))
+    raise RunFolderError(
+        "no run folder" if not root.exists() else "not a run folder: it holds no plan.json",
+        where=str(root.absolute()),
+        do=f"one of: {', '.join(others)}" if others else "aifactory-train launch RECIPE --run RUN  makes one",
+    )
 
 
 def write_atomic(path: Path, data: str | bytes) -> None:
@@ -134,7 +151,11 @@ def log_event(run: RunDir, kind: str, **fields: Any) -> None:
         append_jsonl(run.events, {"time_s": round(time.time(), 3), "event": kind, **fields})
 
 
-def is_finished(run: RunDir) -> bool:
-    """Whether the last thing that happened in this run was its end."""
-    events = read_jsonl(run.events)
-    return bool(events) and events[-1].get("event") == "finish"
+def step_folder(checkpoints: Path, step: int) -> Path:
+    return checkpoints / f"step-{step:08d}"
+
+
+def is_finished(run: RunDir, n_steps: int) -> bool:
+    """Whether the last attempt came to its end and the commit of its last step is there."""
+    kinds = [e.get("event") for e in read_jsonl(run.events) if e.get("event") in ("start", "stop", "finish")]
+    return kinds[-1:] == ["finish"] and (step_folder(run.checkpoints, n_steps) / COMMIT).exists()

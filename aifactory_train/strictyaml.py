@@ -20,6 +20,9 @@ Key = tuple[str | int, ...]
 M = typing.TypeVar("M", bound=BaseModel)
 
 
+MAX_DEPTH = 20  # of keys below each other; our deepest has 4
+
+
 class _Yaml12(yaml.SafeLoader):
     """SafeLoader with the scalars of YAML 1.2, plus `1_000_000`."""
 
@@ -73,10 +76,14 @@ def parse_yaml(text: str, key: Key, file: str, origins: dict[Key, str]) -> Any:
 def _walk(node: yaml.Node | None, key: Key, file: str, origins: dict[Key, str]) -> Any:
     if node is None:
         return None
+    if len(key) > MAX_DEPTH:  # an anchor may hold itself
+        raise yaml.constructor.ConstructorError(None, None, "nested too deeply", node.start_mark)
     origins[key] = f"{file}:{node.start_mark.line + 1}"
     if isinstance(node, yaml.MappingNode):
         out: dict[str, Any] = {}
         for k, v in node.value:
+            if not isinstance(k, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be one word", k.start_mark)
             name = str(k.value)
             if name in out:
                 raise yaml.constructor.ConstructorError(None, None, f"key {name!r} twice", k.start_mark)
@@ -130,13 +137,15 @@ def _fault_line(cls: type[BaseModel], key: Key, faults: list[Any], origins: dict
     if kind == "extra_forbidden":
         valid = list(_fields_at(cls, key[:-1]))
         near = _nearest(str(key[-1]), valid)
-        return f"  {place}: {name}: unknown key; did you mean {near}?  valid here: {', '.join(valid)}"
+        hint = f"did you mean {near}?  " if near else ""
+        return f"  {place}: {name}: unknown key; {hint}valid here: {', '.join(valid)}"
     if kind == "missing":
         return f"  {place}: {name}: missing"
     if len(faults) > 1:
         message = "expected " + " or ".join(_expected(f) for f in faults)
     else:
-        message = faults[0]["msg"].removeprefix("Value error, ")
+        plain = {"model_type": "expected keys and values", "list_type": "expected a list"}
+        message = plain.get(kind, faults[0]["msg"].removeprefix("Value error, "))
     shown = "" if isinstance(value, dict | list | BaseModel) else f", given: {value!r}"
     return f"  {place}: {name}: {message}{shown}"
 
@@ -154,10 +163,12 @@ def _is_branch(part: str | int) -> bool:
     return isinstance(part, str) and (part in ("int", "float", "bool", "str") or "[" in part)
 
 
-def _nearest(word: str, valid: list[str]) -> str:
-    """The valid name that is spelt most like `word`, or is its initials: learning_rate -> lr."""
+def _nearest(word: str, valid: list[str]) -> str | None:
+    """The valid name that is spelt much like `word`, or is its initials: learning_rate -> lr. None if none is."""
     initials = "".join(part[:1] for part in word.split("_"))
-    return initials if initials in valid else difflib.get_close_matches(word, valid, n=1, cutoff=0.0)[0]
+    if initials in valid:
+        return initials
+    return next(iter(difflib.get_close_matches(word, valid, n=1, cutoff=0.5)), None)
 
 
 def _fields_at(cls: Any, loc: Key) -> typing.Iterable[str]:

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from aifactory_train.checkpoint.dcp import read_tensors, stored_tensors
-from aifactory_train.checkpoint.manager import check_model, committed_steps, read_commit, step_folder, verify_files
-from aifactory_train.errors import CheckpointError, storage_errors
+from aifactory_train.checkpoint.manager import check_model, committed_steps, read_commit, verify_files
+from aifactory_train.errors import CheckpointError, UserError, storage_errors
 from aifactory_train.models.parts import copy_into, local_slices, local_tensor
 from aifactory_train.plan.plan import Plan
 from aifactory_train.recipe.schema import Model
-from aifactory_train.rundir import RunDir, write_atomic
+from aifactory_train.rundir import RunDir, step_folder, write_atomic
 
 # A file of this size is what the process holds at once; the hub's own convention is 5 GB.
 EXPORT_FILE_BYTES = 5_000_000_000
@@ -62,10 +62,11 @@ def huggingface_config(model: Model) -> dict[str, Any]:
     return config
 
 
-def export_run(run: RunDir, plan: Plan, tokenizer: Path) -> Path:
+def export_run(run: RunDir, plan: Plan) -> str:
     """Write the newest commit as a Hugging Face folder that plain `transformers` loads. Needs no GPU, one process.
 
-    A folder that already holds this step is left alone; another one is replaced as a whole.
+    Returns a sentence that says what was done. A folder that already holds this step is left alone; another one is
+    replaced as a whole.
 
     Raises:
         CheckpointError: no commit, a damaged one, or one of another model.
@@ -80,7 +81,7 @@ def export_run(run: RunDir, plan: Plan, tokenizer: Path) -> Path:
     commit = read_commit(run.checkpoints, steps[-1])
     stamp = json.dumps({"step": commit.step, "dtype": str(dtype)})
     if (run.export / STEP_FILE).exists() and (run.export / STEP_FILE).read_text() == stamp:
-        return run.export
+        return f"step {commit.step} is exported already: {run.export}"
     check_model(commit, model.model_dump(mode="json"), run.checkpoints)
     verify_files(run.checkpoints, commit)
     tmp = run.export.with_name(run.export.name + ".tmp")
@@ -88,11 +89,11 @@ def export_run(run: RunDir, plan: Plan, tokenizer: Path) -> Path:
     with storage_errors("exporting", run.export, "free some space and export again; the checkpoint is untouched"):
         tmp.mkdir(parents=True)
         _write_weights(step_folder(run.checkpoints, commit.step), tmp, dtype)
-        _write_config(model, tokenizer, tmp, dtype)
+        _write_config(model, run.tokenizer, tmp, dtype)
         write_atomic(tmp / STEP_FILE, stamp)
         shutil.rmtree(run.export, ignore_errors=True)
         tmp.rename(run.export)
-    return run.export
+    return f"exported step {commit.step} of {plan.recipe.n_steps}: {run.export}"
 
 
 def _write_weights(checkpoint: Path, target: Path, dtype: torch.dtype) -> None:
@@ -244,10 +245,23 @@ def sample(folder: Path, prompt: str, n_tokens: int, seed: int) -> str:
 
     if not (folder / "config.json").exists():
         raise CheckpointError("there is no exported model", where=str(folder), do="aifactory-train export RUN")
+    if n_tokens < 1 or not 0 <= seed < 2**63:
+        raise UserError(
+            f"--tokens {n_tokens} --seed {seed}: tokens must be 1 or more, the seed from 0 to 2^63 - 1",
+            where="command line",
+            do="--tokens 60 --seed 0",
+        )
     logging.disable_progress_bar()
     words = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
     torch.manual_seed(seed)
-    inputs = words(prompt, return_tensors="pt")
+    inputs = words(prompt.encode("utf-8", "replace").decode() or words.eos_token, return_tensors="pt")
+    room = model.config.max_position_embeddings - inputs.input_ids.shape[1]
+    if n_tokens > room:
+        raise UserError(
+            f"prompt and --tokens {n_tokens} pass the {model.config.max_position_embeddings} tokens of the model",
+            where="command line",
+            do=f"--tokens {room}" if room > 0 else "give a shorter --prompt",
+        )
     out = model.generate(**inputs, max_new_tokens=n_tokens, do_sample=True, top_k=20, temperature=0.8)
     return str(words.decode(out[0], skip_special_tokens=True))

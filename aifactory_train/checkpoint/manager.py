@@ -24,9 +24,8 @@ import torch.distributed as dist
 
 from aifactory_train.checkpoint.dcp import Stager, State, read_tensors, write_tensors
 from aifactory_train.errors import AifactoryError, CheckpointError, StorageError, storage_errors
-from aifactory_train.rundir import fsync_folder, write_atomic
+from aifactory_train.rundir import COMMIT, fsync_folder, step_folder, write_atomic
 
-COMMIT = "COMMIT"
 _READ_BYTES = 1 << 24
 
 
@@ -49,10 +48,6 @@ def committed_steps(folder: Path) -> list[int]:
     """Steps that have a COMMIT, in rising order."""
     steps = (re.fullmatch(r"step-(\d+)", p.parent.name) for p in folder.glob(f"step-*/{COMMIT}"))
     return sorted(int(m.group(1)) for m in steps if m)
-
-
-def step_folder(folder: Path, step: int) -> Path:
-    return folder / f"step-{step:08d}"
 
 
 def read_commit(folder: Path, step: int) -> Commit:

@@ -29,8 +29,8 @@ def launch_local(plan: Plan, run: RunDir) -> int:
     """Run the plan here by mpirun. Returns the exit code of the ranks, 0 at once if the run is finished."""
     check_run_folder(plan, run)
     check_fits_model(load_prepared(plan.recipe.data).manifest, plan.recipe.model.vocab_size)
-    if is_finished(run):
-        print(f"{run.root} is finished; nothing to train")
+    if is_finished(run, plan.recipe.n_steps):
+        print(f"{run.root} is finished at step {plan.recipe.n_steps}; nothing to train")
         return 0
     busy = RunFolderError(
         "this run is being trained already",
@@ -146,7 +146,8 @@ def _pass_on(source: int, log: IO[bytes], process: subprocess.Popen[bytes]) -> N
 def without_notice(output: bytes) -> tuple[bytes, bytes]:
     """Split output of mpirun into what to show now and what to hold back until more has come.
 
-    Drops the notice "prterun detected that one or more processes exited"; any other text passes.
+    Drops the notices "prterun detected that one or more processes exited" and "prterun noticed that
+    process"; any other text passes.
     """
     before, rule, after = output.partition(_RULE)
     if not rule:
@@ -156,7 +157,7 @@ def without_notice(output: bytes) -> tuple[bytes, bytes]:
     notice, end, rest = after.partition(_RULE)
     if not end:
         return before, rule + after
-    keep = b"" if b"prterun detected" in notice else rule + notice + end
+    keep = b"" if notice.startswith(b"prterun ") else rule + notice + end
     shown, held = without_notice(rest)
     return before + keep + shown, held
 

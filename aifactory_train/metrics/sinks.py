@@ -89,6 +89,7 @@ def _open_wandb(run: RunDir, plan: Plan) -> Any:
         dir=run.root,
         mode=metrics.wandb,
         resume="allow",
+        settings=wandb.Settings(silent=True),
         config=plan.recipe.model_dump(mode="json"),
     )
 

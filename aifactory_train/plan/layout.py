@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from aifactory_train.errors import PlanError
@@ -99,7 +100,8 @@ def _precision(recipe: Recipe, machine: Machine, notes: list[str]) -> Literal["f
 
 def _micro_batches(recipe: Recipe, rows_per_rank: int) -> list[int]:
     """Candidates, largest first."""
-    divisors = [m for m in range(rows_per_rank, 0, -1) if rows_per_rank % m == 0]
+    small = [m for m in range(1, math.isqrt(rows_per_rank) + 1) if rows_per_rank % m == 0]
+    divisors = sorted({*small, *(rows_per_rank // m for m in small)}, reverse=True)
     given = recipe.train.micro_batch_rows
     if given == "auto":
         return divisors

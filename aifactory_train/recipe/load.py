@@ -39,8 +39,15 @@ def _read_extended(path: Path, origins: dict[Key, str], chain: tuple[Path, ...])
     own = read_yaml(path, own_origins, RecipeError)
     bases = own.pop("extends", [])
     merged: dict[str, Any] = {}
-    for base in [bases] if isinstance(bases, str) else bases:
-        _merge(merged, _read_extended(path.parent / str(base), origins, (*chain, path)))
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise RecipeError(
+            f"extends names files, given: {bases!r}",
+            where=own_origins.get(("extends",), str(path)),
+            do="extends: ../models/llama3-8b.yaml, or a list of such",
+        )
+    for base in bases:
+        _merge(merged, _read_extended(path.parent / base, origins, (*chain, path)))
     origins.update(own_origins)
     _merge(merged, own)
     return merged
@@ -57,7 +64,8 @@ def _merge(into: dict[str, Any], new: dict[str, Any]) -> None:
 def _apply_override(data: dict[str, Any], text: str, origins: dict[Key, str]) -> None:
     name, equals, value = text.partition("=")
     if not equals or not name.strip():
-        raise RecipeError(f"--set {text} has no value", where="command line", do="--set optim.lr=3e-4")
+        lacks = "value" if name.strip() else "key"
+        raise RecipeError(f"--set {text} has no {lacks}", where="command line", do="--set optim.lr=3e-4")
     parts = tuple(name.strip().split("."))
     try:
         parsed = parse_yaml(value, parts, "--set", {})
@@ -65,11 +73,29 @@ def _apply_override(data: dict[str, Any], text: str, origins: dict[Key, str]) ->
         raise RecipeError(
             f"--set {text}: the value is not valid YAML", where="command line", do="quote it: --set 'key=[1, 2]'"
         ) from None
-    node = data
+    node: Any = data
     for part in parts[:-1]:
-        if not isinstance(node.get(part), dict):
+        if isinstance(node, list):
+            node = _item(node, part, text)
+            continue
+        if not isinstance(node.get(part), dict | list):
             node[part] = {}
         node = node[part]
-    node[parts[-1]] = parsed
-    for i in range(len(parts)):
-        origins[parts[: i + 1]] = f"--set {text}"
+    if isinstance(node, list):
+        _item(node, parts[-1], text)
+        node[int(parts[-1])] = parsed
+    else:
+        node[parts[-1]] = parsed
+    key = tuple(int(part) if part.isdigit() else part for part in parts)
+    for i in range(len(key)):
+        origins[key[: i + 1]] = f"--set {text}"
+
+
+def _item(items: list[Any], part: str, text: str) -> Any:
+    if part.isdigit() and int(part) < len(items):
+        return items[int(part)]
+    raise RecipeError(
+        f"--set {text}: {part!r} is no number from 0 to {len(items) - 1}",
+        where="command line",
+        do="give the number of the list's entry, as in data.sources.0.weight=2.0",
+    )

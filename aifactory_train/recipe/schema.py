@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Auto = Literal["auto"]
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # names of folders
 
 
 def _whole(value: Any) -> Any:
@@ -21,14 +22,16 @@ def _whole(value: Any) -> Any:
     return value
 
 
-Count = Annotated[int, BeforeValidator(_whole), Field(gt=0)]
-CountOrZero = Annotated[int, BeforeValidator(_whole), Field(ge=0)]
+# The bounds are beyond any machine; they keep slips such as 1e30 from becoming plans.
+Count = Annotated[int, BeforeValidator(_whole), Field(gt=0, le=10**18)]
+CountOrZero = Annotated[int, BeforeValidator(_whole), Field(ge=0, le=10**18)]
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class RopeScaling(Strict):
@@ -76,7 +79,7 @@ class Model(Strict):
 class Source(Strict):
     """One text source: local files, a hub dataset, or Python's own standard library."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
+    name: str = Field(pattern=NAME)
     path: str | None = None
     hub: str | None = None
     hub_config: str | None = None
@@ -137,12 +140,12 @@ class Optim(Strict):
     name: Literal["adamw", "muon"] = "adamw"
     lr: Positive
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    beta1: Fraction = 0.9
-    beta2: Fraction = 0.95
+    beta1: Decay = 0.9
+    beta2: Decay = 0.95
     eps: Positive = 1e-8
     grad_clip_norm: Positive = 1.0
     muon_lr: Positive = 0.02
-    muon_momentum: Fraction = 0.95
+    muon_momentum: Decay = 0.95
 
 
 class Schedule(Strict):
@@ -156,7 +159,9 @@ class Schedule(Strict):
     @model_validator(mode="after")
     def _decay(self) -> Schedule:
         if (self.shape == "wsd") != (self.decay_tokens is not None):
-            raise ValueError(f"decay_tokens belongs to shape wsd and wsd needs it; shape is {self.shape}")
+            if self.shape == "wsd":
+                raise ValueError("shape wsd needs schedule.decay_tokens, the length of its last stretch")
+            raise ValueError(f"decay_tokens belongs to shape wsd; shape is {self.shape}")
         return self
 
 
@@ -180,7 +185,7 @@ class Metrics(Strict):
 
 
 class Recipe(Strict):
-    name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
+    name: str = Field(pattern=NAME)
     model: Model
     data: Data
     train: Train
@@ -210,7 +215,7 @@ class Recipe(Strict):
         if ramps > self.train.budget_tokens:
             faults.append(f"schedule.warmup_tokens + decay_tokens = {ramps} exceed train.budget_tokens")
         if faults:
-            raise ValueError("; ".join(faults))
+            raise ValueError("\n    ".join(faults))
         return self
 
     @property

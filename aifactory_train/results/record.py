@@ -14,7 +14,7 @@ from aifactory_train.plan.plan import Plan, load_plan
 from aifactory_train.rundir import RunDir, read_jsonl, write_atomic
 
 # The final loss is the mean of this many log lines, so that one lucky batch does not decide it.
-FINAL_LINES = 5
+FINAL_FRAC = 0.1  # share of the log lines, from the end, whose mean is the final loss; never the first line
 
 Row = dict[str, Any]
 
@@ -66,6 +66,7 @@ class Result(Part):
     wall_time_s: float
     loss_first_nats: float
     loss_final_nats: float
+    loss_final_from_step: int
     unigram_entropy_nats: float | None
     tokens_per_s: Pair
     step_time_s: Pair
@@ -113,6 +114,7 @@ def build_result(run: RunDir) -> Result:
     steady = _steady(rows)
     measured = steady or rows
     predicted = plan.predicted
+    n_final = max(1, int(FINAL_FRAC * len(rows)))
     return Result(
         name=plan.recipe.name,
         recipe_hash=plan.recipe_hash,
@@ -125,7 +127,8 @@ def build_result(run: RunDir) -> Result:
         tokens=rows[-1]["tokens"],
         wall_time_s=_wall_time_s(starts, events, read_jsonl(run.metrics)),
         loss_first_nats=rows[0]["loss"],
-        loss_final_nats=statistics.fmean(row["loss"] for row in rows[-FINAL_LINES:]),
+        loss_final_nats=statistics.fmean(row["loss"] for row in rows[-n_final:]),
+        loss_final_from_step=rows[-n_final - 1]["step"] + 1 if len(rows) > n_final else rows[0]["step"],
         unigram_entropy_nats=starts[-1].get("unigram_entropy_nats"),
         tokens_per_s=Pair(predicted=predicted.tokens_per_s, measured=_median(measured, "tokens_per_s")),
         step_time_s=Pair(predicted=predicted.total_step_time_s, measured=_median(measured, "step_time_s")),

@@ -63,7 +63,8 @@ def summary(run: RunDir) -> str:
 
 def _loss_beside(result: Result) -> str:
     entropy = result.unigram_entropy_nats
-    text = f"{result.loss_first_nats:.3f} at step {result.first_step}"
+    text = f"mean of steps {result.loss_final_from_step}-{result.last_step}; "
+    text += f"{result.loss_first_nats:.3f} at step {result.first_step}"
     return text if entropy is None else f"{text}, unigram entropy of the corpus {entropy:.3f}"
 
 

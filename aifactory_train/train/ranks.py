@@ -113,11 +113,13 @@ def first_host(nodelist: str) -> str:
 def check_world_size(ranks: Ranks, planned: int) -> None:
     """Refuse a start with another number of ranks than the plan was made for."""
     if ranks.world_size != planned:
-        raise PlanError(
+        error = PlanError(
             f"the plan is for {planned} ranks, {ranks.source} started {ranks.world_size}",
             where="plan.json: layout.world_size",
             do="aifactory-train launch RECIPE  makes a plan for the ranks it starts",
         )
+        error.on_every_rank = True
+        raise error
 
 
 def join(ranks: Ranks, device: torch.device, timeout_s: float = RENDEZVOUS_TIMEOUT_S) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,10 @@ import torch.distributed as dist
 
 from aifactory_train.checkpoint.dcp import rng_state, set_rng_state, stored_tensors
 from aifactory_train.checkpoint.export import load_huggingface
-from aifactory_train.checkpoint.manager import CheckpointManager, Commit, step_folder
+from aifactory_train.checkpoint.manager import CheckpointManager, Commit
 from aifactory_train.data.loader import Loader
 from aifactory_train.data.shards import Prepared, check_fits_model, load_prepared
-from aifactory_train.errors import PlanError
+from aifactory_train.errors import PlanError, storage_errors
 from aifactory_train.faults.signals import StopAgreement
 from aifactory_train.faults.stopflag import StopFlag
 from aifactory_train.metrics.meter import Meter
@@ -25,7 +26,7 @@ from aifactory_train.parallel.apply import apply_parallelism
 from aifactory_train.parallel.mesh import build_mesh
 from aifactory_train.plan.plan import Plan, load_plan
 from aifactory_train.results.provenance import provenance
-from aifactory_train.rundir import RunDir, log_event, read_jsonl
+from aifactory_train.rundir import RunDir, log_event, read_jsonl, step_folder
 from aifactory_train.train.engine import Engine
 from aifactory_train.train.engine_torch import TorchEngine
 from aifactory_train.train.ranks import RENDEZVOUS_TIMEOUT_S, Ranks, check_world_size, join
@@ -100,6 +101,8 @@ def build_run(
     sinks = None
     hosts = _hosts(ranks)
     if ranks.rank == 0:
+        with storage_errors("copying the tokenizer", folder.tokenizer, "free some space and launch again"):
+            shutil.copytree(prepared.tokenizer_dir, folder.tokenizer, dirs_exist_ok=True)
         _log_start(folder, plan, prepared, hosts, device, attempt, first_step)
         sinks = Sinks(folder, plan, first_step, bar)
         for note in [_headline(plan, device), prepared.describe(), *notes]:
@@ -188,9 +191,10 @@ def _log_start(
 
 def _headline(plan: Plan, device: torch.device) -> str:
     layout, predicted = plan.layout, plan.predicted
+    bound = "at least " if None in predicted.step_time_s.values() and predicted.run_time_s is not None else ""
     return (
         f"{plan.recipe.name}: {format_count(plan.shape.n_parameters)} parameters, {layout.world_size} ranks on "
         f"{device.type}, {layout.precision}, {layout.accumulation} x {layout.micro_batch_rows} rows a rank; "
         f"predicted: peak {format_bytes(predicted.peak_memory_bytes)}, "
-        f"step {format_seconds(predicted.total_step_time_s)}, run {format_seconds(predicted.run_time_s)}"
+        f"step {bound}{format_seconds(predicted.total_step_time_s)}, run {bound}{format_seconds(predicted.run_time_s)}"
     )

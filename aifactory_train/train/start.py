@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from aifactory_train.errors import AifactoryError, TrainingFault
+from aifactory_train.errors import AifactoryError, Interrupted, TrainingFault
 from aifactory_train.faults.stopflag import StopFlag
-from aifactory_train.rundir import RunDir, log_event
+from aifactory_train.rundir import log_event
 from aifactory_train.train.loop import train
 from aifactory_train.train.ranks import find_ranks
-from aifactory_train.train.setup import build_run
+from aifactory_train.train.setup import Run, build_run
 
 # What gloo and NCCL say when the process at the other end is gone.
 _PEER_LOST = re.compile(
@@ -29,7 +29,7 @@ def start(root: Path, stop_flag: StopFlag, bar: bool, timeout_s: float) -> int:
     Every way out but success is `os._exit`: interpreter shutdown would wait for threads and process groups
     whose other ends may be gone.
     """
-    rank = 0
+    rank, run = 0, None
     try:
         ranks = find_ranks(timeout_s)
         rank = ranks.rank
@@ -45,7 +45,7 @@ def start(root: Path, stop_flag: StopFlag, bar: bool, timeout_s: float) -> int:
         dist.destroy_process_group()
         return 0
     except AifactoryError as error:
-        code = _report(error, rank, root)
+        code = _report(error, rank, run)
     except RuntimeError as error:
         if not _PEER_LOST.search(str(error)):
             traceback.print_exc()
@@ -56,7 +56,7 @@ def start(root: Path, stop_flag: StopFlag, bar: bool, timeout_s: float) -> int:
                 where=f"rank {rank}",
                 do="look above for the first error; launch again: it resumes at the last commit",
             )
-            code = _report(lost, rank, root)
+            code = _report(lost, rank, run)
     except BaseException:
         traceback.print_exc()
         code = 1
@@ -65,14 +65,14 @@ def start(root: Path, stop_flag: StopFlag, bar: bool, timeout_s: float) -> int:
     os._exit(code)
 
 
-def _report(error: AifactoryError, rank: int, root: Path) -> int:
+def _report(error: AifactoryError, rank: int, run: Run | None) -> int:
     """Print once where all ranks have the same error, else from each rank that has it."""
     if rank == 0 or not error.on_every_rank:
         prefix = "" if rank == 0 else f"[rank {rank}] "
         print(f"{prefix}{error.render()}", file=sys.stderr, flush=True)
-    if rank == 0 and root.is_dir() and error.exit_code != 143:
+    if rank == 0 and run is not None and not isinstance(error, Interrupted):
         try:
-            log_event(RunDir(root), "fault", message=error.what)
+            log_event(run.folder, "fault", message=error.what)
         except AifactoryError as disk:
             print(disk.render(), file=sys.stderr)
     return error.exit_code

@@ -82,7 +82,7 @@ def test_an_export_in_several_files_reads_back(trained, tmp_path, monkeypatch):
     shutil.copytree(run.root, tmp_path / "run", ignore=shutil.ignore_patterns("export"))
     copy = RunDir(tmp_path / "run")
     plan = load_plan(copy.plan)
-    export.export_run(copy, plan, run.export)
+    export.export_run(copy, plan)
     assert len(list(copy.export.glob("model-*.safetensors"))) > 2
     one, many = (AutoModelForCausalLM.from_pretrained(r.export).state_dict() for r in (run, copy))
     assert all(torch.equal(one[k], many[k]) for k in one)
@@ -140,3 +140,34 @@ def test_weights_with_other_angles_or_with_biases_are_refused(words, trained, tm
     assert_refused(launch(recipe, tmp_path / "run2"), "attention_bias: weights true")
     (folder / "config.json").write_text("{")
     assert_refused(launch(recipe, tmp_path / "run3"), "config.json cannot be read")
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (("--tokens", 0), "tokens must be 1 or more"),
+        (("--seed", 10**30), "seed"),
+        (("--tokens", 500), "pass the 128 tokens of the model"),
+    ],
+)
+def test_a_slip_in_sample_is_named(trained, flags, said):
+    assert_refused(aifactory("sample", trained("llama")[1], *flags), said)
+
+
+def test_an_empty_prompt_starts_a_new_document(trained):
+    assert aifactory("sample", trained("llama")[1], "--prompt", "", "--tokens", 4).returncode == 0
+
+
+def test_a_folder_that_is_no_run_is_refused_by_each_verb(tmp_path):
+    for verb in ("export", "report", "sample"):
+        assert_refused(aifactory(verb, tmp_path / "nowhere"), "no run folder", str(tmp_path / "nowhere"))
+
+
+def test_an_export_needs_nothing_but_the_run_folder(words, trained, tmp_path):
+    run = trained("llama")[1]
+    shutil.copytree(run, tmp_path / "moved", ignore=shutil.ignore_patterns("export"))
+    done = aifactory("export", tmp_path / "moved")
+    assert done.returncode == 0 and "exported step 20 of 20" in done.stdout
+    assert (tmp_path / "moved" / "export" / "tokenizer.json").exists()
+    again = aifactory("export", tmp_path / "moved")
+    assert "step 20 is exported already" in again.stdout

@@ -61,18 +61,19 @@ def test_a_result_states_the_steady_rates_and_both_ends_of_the_loss(tmp_path):
     assert result.tokens_per_s.predicted == a_plan().predicted.tokens_per_s
     assert result.step_time_s.measured == 1 / 200
     assert result.loss_first_nats == 39.0 and result.first_step == 1
-    assert result.loss_final_nats == pytest.approx((39 + 30 + 20 + 10) / 4)
+    assert (result.loss_final_nats, result.loss_final_from_step) == (10.0, 21)
     assert result.unigram_entropy_nats == ENTROPY_NATS
     assert result.tokens == 30 * 4096 and result.steady_lines == 3
     assert result.mfu_frac.measured is None
 
 
-def test_the_final_loss_is_the_mean_of_the_last_five_lines(tmp_path):
+def test_the_final_loss_is_the_mean_of_the_last_tenth_of_the_lines(tmp_path):
     run = an_unstarted_run(tmp_path)
     start(run)
-    for step in range(1, 11):
+    for step in range(1, 31):
         line(run, step, loss=float(step))
-    assert build_result(run).loss_final_nats == 8.0
+    result = build_result(run)
+    assert (result.loss_final_nats, result.loss_final_from_step) == (29.0, 28)
 
 
 def test_the_first_line_of_each_attempt_is_not_steady(tmp_path):

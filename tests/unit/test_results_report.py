@@ -87,7 +87,10 @@ def test_the_events_of_a_long_run_are_cut_in_the_middle(tmp_path):
 def test_the_summary_sets_the_final_loss_beside_the_first_and_the_entropy(tmp_path):
     run = a_run(tmp_path, [1, *range(10, 250, 10)])
     text = summary(run)
-    assert re.search(r"loss +\d\.\d{3} nats/token, 8\.\d{3} at step 1, unigram entropy of the corpus 5\.870", text)
+    assert re.search(
+        r"loss +\d\.\d{3} nats/token, mean of steps 221-240; 8\.\d{3} at step 1, unigram entropy of the corpus 5\.870",
+        text,
+    )
     assert re.search(r"throughput +\S+ k tokens/s measured, \S+ k tokens/s predicted", text)
     assert "not written yet" in text and "not exported yet" in text
     write_report(run)
