@@ -60,7 +60,9 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--run", type=Path, help="run folder (default runs/NAME)")
     train = verb("train", "what each rank runs: train the plan of a run folder", _train)
     train.add_argument("run", type=Path, help="run folder that holds plan.json")
-    train.add_argument("--bar", action="store_true", help="progress bar instead of log lines")
+    train.add_argument(
+        "--bar", type=int, default=0, metavar="COLUMNS", help="progress bar of that width instead of log lines"
+    )
     train.add_argument("--timeout-s", type=float, default=300.0, help="how long ranks wait for each other at start")
     export = verb("export", "newest commit to a Hugging Face folder", _export)
     export.add_argument("run", type=Path, help="run folder")

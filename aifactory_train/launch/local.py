@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -45,7 +46,7 @@ def launch_local(plan: Plan, run: RunDir) -> int:
 def _start_ranks(plan: Plan, run: RunDir, lock: IO[str]) -> int:
     program = [sys.executable, "-m", "aifactory_train", "train", str(run.root)]
     if sys.stdout.isatty():
-        program.append("--bar")
+        program += ["--bar", str(shutil.get_terminal_size().columns)]
     command = mpirun_command(plan.machine, plan.layout.world_size, program)
     write_run_folder(plan, run)
     attempt = run.attempt(run.last_attempt() + 1)

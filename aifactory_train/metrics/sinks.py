@@ -19,14 +19,18 @@ class Sinks:
     """Used on rank 0 only.
 
     Args:
-        bar: draw a progress bar (a terminal) or print one plain line per row (a batch log).
+        bar_columns: width of a progress bar, for a terminal; 0 prints one plain line per row, for a batch log.
     """
 
-    def __init__(self, run: RunDir, plan: Plan, first_step: int, bar: bool) -> None:
+    def __init__(self, run: RunDir, plan: Plan, first_step: int, bar_columns: int) -> None:
         self.run, self.n_steps = run, plan.recipe.n_steps
         self._bar = None
-        if bar:
-            self._bar = tqdm(total=self.n_steps, initial=first_step, unit="step", file=sys.stdout, dynamic_ncols=True)
+        if bar_columns:
+            # mpirun gives its ranks a terminal of 0 x 0, on which tqdm shows nothing: say the size.
+            size = {"ncols": bar_columns, "nrows": 24}
+            self._bar = tqdm(
+                total=self.n_steps, initial=first_step, unit="step", file=sys.stdout, mininterval=0.5, **size
+            )
         self._wandb = _open_wandb(run, plan)
 
     def write(self, row: dict[str, Any]) -> None:

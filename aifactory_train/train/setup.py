@@ -60,14 +60,14 @@ class Run:
 
 
 def build_run(
-    root: Path, ranks: Ranks, stop_flag: StopFlag, bar: bool = False, timeout_s: float = RENDEZVOUS_TIMEOUT_S
+    root: Path, ranks: Ranks, stop_flag: StopFlag, bar_columns: int = 0, timeout_s: float = RENDEZVOUS_TIMEOUT_S
 ) -> Run:
     """Read plan.json and build the run. Collective: all ranks arrive.
 
     Args:
         root: the run folder, with plan.json.
         stop_flag: remembers signals since the process began.
-        bar: draw a progress bar on rank 0 instead of lines.
+        bar_columns: width of a progress bar on rank 0; 0 for plain lines.
         timeout_s: how long ranks wait for each other at the start.
     """
     folder = RunDir(root)
@@ -104,7 +104,7 @@ def build_run(
         with storage_errors("copying the tokenizer", folder.tokenizer, "free some space and launch again"):
             shutil.copytree(prepared.tokenizer_dir, folder.tokenizer, dirs_exist_ok=True)
         _log_start(folder, plan, prepared, hosts, device, attempt, first_step)
-        sinks = Sinks(folder, plan, first_step, bar)
+        sinks = Sinks(folder, plan, first_step, bar_columns)
         for note in [_headline(plan, device), prepared.describe(), *notes]:
             sinks.note(note)
     meter = Meter(plan, device, attempt)

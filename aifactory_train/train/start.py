@@ -23,7 +23,7 @@ _PEER_LOST = re.compile(
 )
 
 
-def start(root: Path, stop_flag: StopFlag, bar: bool, timeout_s: float) -> int:
+def start(root: Path, stop_flag: StopFlag, bar_columns: int, timeout_s: float) -> int:
     """Exit code of this rank: 0, or that of the error, which has been printed.
 
     Every way out but success is `os._exit`: interpreter shutdown would wait for threads and process groups
@@ -33,7 +33,7 @@ def start(root: Path, stop_flag: StopFlag, bar: bool, timeout_s: float) -> int:
     try:
         ranks = find_ranks(timeout_s)
         rank = ranks.rank
-        run = build_run(root, ranks, stop_flag, bar, timeout_s)
+        run = build_run(root, ranks, stop_flag, bar_columns, timeout_s)
         try:
             train(run)
             run.close()

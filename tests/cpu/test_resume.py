@@ -1,8 +1,14 @@
 """A run never loses work: stopped, killed, killed while saving, resumed on another number of ranks."""
 
+import fcntl
 import json
+import os
+import pty
 import signal
+import struct
 import subprocess
+import sys
+import termios
 import time
 
 import pytest
@@ -171,3 +177,22 @@ def test_a_hang_up_saves_and_stops(words, tmp_path):
     process.send_signal(signal.SIGHUP)
     assert process.wait(timeout=60) == 143
     assert committed_steps(RunDir(run).checkpoints) == [last_step(run)]
+
+
+def test_a_terminal_gets_a_progress_bar(words, tmp_path):
+    recipe = write_recipe(tmp_path, **words)
+    command = [sys.executable, "-m", "aifactory_train", "launch", str(recipe), "--run", str(tmp_path / "run")]
+    leader, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    process = subprocess.Popen(command, stdout=terminal, stderr=terminal)
+    os.close(terminal)
+    output = b""
+    while True:
+        try:
+            chunk = os.read(leader, 65536)
+        except OSError:  # the terminal has no writer left
+            break
+        output += chunk
+    assert process.wait() == 0, output
+    assert b"100%" in output and b"20/20" in output and b"tokens/s" in output
+    assert b"step 2/20" not in output
