@@ -290,7 +290,7 @@ def test_a_folder_that_is_not_ours_is_refused_and_left_alone(tmp_path: Path, cor
     with pytest.raises(DataError, match="not a prepared folder, but has one in it"):
         prepare(build_data(tmp_path / "theirs", corpora))
     assert [p.name for p in (tmp_path / "theirs").rglob("*")] == ["one"]
-    for name in ("cache", "..", "tokenizer"):
+    for name in ("cache", "tokenizer"):
         with pytest.raises(DataError, match="cannot be named"):
             prepare(build_data(tmp_path / "new", {name: corpora["one"]}))
     assert not (tmp_path / "new").exists()
