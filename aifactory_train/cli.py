@@ -44,10 +44,18 @@ def _parser() -> argparse.ArgumentParser:
 
     probe = verb("probe", "describe this machine, with measured rates, as a machine file", _probe)
     probe.add_argument("--out", type=Path, default=Path("local-machine.yaml"), help="file to write")
+    probe.add_argument("--against", metavar="NAME", help="print what differs from this machine file; write nothing")
+    machines = verb("machines", "the machines that are known: list, show NAME, check", _machines)
+    machines.add_argument("what", nargs="?", choices=("list", "show", "check"), default="list")
+    machines.add_argument("names", nargs="*", metavar="NAME", help="names in configs/machines/, or files")
+    machines.add_argument("--svg", type=Path, metavar="FILE", help="draw the node into FILE as well (show)")
+    stage = verb("stage", "gather what a compute node without internet will need", _stage)
+    stage.add_argument("recipe", type=Path, help="configs/recipes/NAME.yaml")
+    stage.add_argument("--to", type=Path, required=True, metavar="DIR", help="folder that compute nodes can read")
     for name, help_text, run in (
         ("prepare", "text to tokenizer and token shards", _prepare),
         ("plan", "layout, memory and time of a recipe on a machine", _plan),
-        ("launch", "plan, check, and start the ranks on this machine", _launch),
+        ("launch", "plan, check, and start the run: by Slurm, or here where the machine has none", _launch),
     ):
         sub = verb(name, help_text, run)
         sub.add_argument("recipe", type=Path, help="configs/recipes/NAME.yaml")
@@ -56,14 +64,25 @@ def _parser() -> argparse.ArgumentParser:
         )
         if name != "prepare":
             sub.add_argument("--machine", default="local", help="name in configs/machines/, a file, or local (default)")
+            sub.add_argument("--nodes", type=int, default=1, help="nodes of the machine (default 1)")
             sub.add_argument("--cpu-ranks", type=int, default=1, help="ranks where the machine has no GPU (default 1)")
             sub.add_argument("--run", type=Path, help="run folder (default runs/NAME)")
+        if name == "launch":
+            _add_job_options(sub)
+    status = verb("status", "how far a run is, and what its jobs do", _status)
+    status.add_argument("run", type=Path, help="run folder")
+    cancel = verb("cancel", "save and end a run, and submit no further job", _cancel)
+    cancel.add_argument("run", type=Path, help="run folder")
+    cancel.add_argument("--now", action="store_true", help="do not wait for a save")
     train = verb("train", "what each rank runs: train the plan of a run folder", _train)
     train.add_argument("run", type=Path, help="run folder that holds plan.json")
     train.add_argument(
         "--bar", type=int, default=0, metavar="COLUMNS", help="progress bar of that width instead of log lines"
     )
     train.add_argument("--timeout-s", type=float, default=300.0, help="how long ranks wait for each other at start")
+    preflight = verb("preflight", "what each rank runs before training: is this node fit?", _preflight)
+    preflight.add_argument("run", type=Path, help="run folder")
+    _add_attempt_verb(verb("attempt", "what a batch script runs before and after the ranks: begin, end", _attempt))
     export = verb("export", "newest commit to a Hugging Face folder", _export)
     export.add_argument("run", type=Path, help="run folder")
     report = verb("report", "result.json, report.html and a summary of a run", _report)
@@ -76,16 +95,50 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_job_options(launch: argparse.ArgumentParser) -> None:
+    launch.add_argument("--time", metavar="TIME", help="wall time of one job, as sbatch takes it: 12:00:00")
+    launch.add_argument("--account", help="project that pays")
+    launch.add_argument("--partition", help="instead of the machine's default")
+    launch.add_argument("--qos", help="instead of the machine's default")
+    launch.add_argument("--container", metavar="IMAGE", help="run Python inside this image, as the site runs images")
+    launch.add_argument("--python", metavar="FILE", help="Python on the compute nodes (default: this one)")
+    launch.add_argument("--dry-run", action="store_true", help="print the command and the script; submit nothing")
+
+
+def _add_attempt_verb(attempt: argparse.ArgumentParser) -> None:
+    what = attempt.add_subparsers(dest="what", required=True, metavar="WHAT")
+    begin = what.add_parser("begin", help="make plan and attempt folder; prints the folder, or nothing if all is done")
+    begin.add_argument("recipe", type=Path)
+    begin.add_argument("--machine", required=True)
+    begin.add_argument("--nodes", type=int, required=True)
+    begin.add_argument("--run", type=Path, help="run folder (default runs/NAME)")
+    begin.add_argument("--job-id", required=True)
+    begin.add_argument("--node-list", required=True, help="hosts of the job, in Slurm's syntax")
+    begin.add_argument("--end-time-s", help="when the job is cut off, seconds since the epoch; empty: never")
+    end = what.add_parser("end", help="0 the run is finished, 75 submit the next job (options on stdout), else stop")
+    end.add_argument("attempt", type=Path, help="folder that begin has printed")
+    end.add_argument("--exit-code", type=int, required=True, help="of the ranks")
+    end.add_argument("--down-nodes", default="", help="hosts that Slurm has lost, in its syntax")
+    end.add_argument("--terminated", action="store_true", help="the batch script itself was told to end")
+    submitted = what.add_parser("submitted", help="note the job that goes on with a run")
+    submitted.add_argument("run", type=Path)
+    submitted.add_argument("job_id")
+
+
 def _probe(args: argparse.Namespace) -> None:
     import torch
 
-    from aifactory_train.machine.load import write_machine
+    from aifactory_train.machine.compare import render_differences
+    from aifactory_train.machine.load import load_machine, write_machine
     from aifactory_train.machine.machine import ByDtype, Measured
     from aifactory_train.machine.probe import probe_local, with_measured
     from aifactory_train.metrics.rates import measure_matmul_flops_per_s, measure_memory_bytes_per_s
     from aifactory_train.units import format_bytes_per_s, format_flops_per_s
 
     machine = probe_local()
+    if args.against is not None:
+        print(render_differences(machine, load_machine(args.against)))
+        return
     device = torch.device("cpu" if machine.device.kind == "cpu" else "cuda")
     rates = {n: measure_matmul_flops_per_s(device, t) for n, t in (("fp32", torch.float32), ("bf16", torch.bfloat16))}
     measured = Measured(matmul_flops_per_s=ByDtype(**rates), memory_bytes_per_s=measure_memory_bytes_per_s(device))
@@ -94,6 +147,36 @@ def _probe(args: argparse.Namespace) -> None:
     shown = ", ".join(f"{n} {format_flops_per_s(r)}" for n, r in rates.items())
     print(f"{machine.device.per_node} x {machine.device.name}: matmul {shown}, ", end="")
     print(f"memory {format_bytes_per_s(measured.memory_bytes_per_s)}\nwritten: {args.out}")
+
+
+def _machines(args: argparse.Namespace) -> int:
+    from aifactory_train.machine.check import check_machines
+    from aifactory_train.machine.draw import render_svg
+    from aifactory_train.machine.load import load_machine, machine_names
+    from aifactory_train.machine.show import render_list, render_machine
+    from aifactory_train.rundir import write_atomic
+
+    if args.what == "check":
+        text, n_faults = check_machines(args.names or machine_names())
+        print(text)
+        return 2 if n_faults else 0
+    if args.what == "list":
+        print(render_list([load_machine(name) for name in args.names or machine_names()]))
+        return 0
+    for name in args.names or ["local"]:
+        machine = load_machine(name)
+        print(render_machine(machine))
+        if args.svg is not None:
+            with storage_errors("writing the drawing", args.svg, "give another file: --svg FILE"):
+                write_atomic(args.svg, render_svg(machine))
+            print(f"written: {args.svg}")
+    return 0
+
+
+def _stage(args: argparse.Namespace) -> None:
+    from aifactory_train.data.stage import stage
+
+    print(stage(args.recipe, args.to))
 
 
 def _prepare(args: argparse.Namespace) -> None:
@@ -108,7 +191,7 @@ def _make_plan(args: argparse.Namespace) -> Plan:
     from aifactory_train.plan.plan import make_plan
     from aifactory_train.recipe.load import load_recipe
 
-    return make_plan(load_recipe(args.recipe, args.set), load_machine(args.machine), cpu_ranks=args.cpu_ranks)
+    return make_plan(load_recipe(args.recipe, args.set), load_machine(args.machine), args.nodes, args.cpu_ranks)
 
 
 def _plan(args: argparse.Namespace) -> None:
@@ -129,10 +212,53 @@ def _plan(args: argparse.Namespace) -> None:
 
 def _launch(args: argparse.Namespace) -> int:
     from aifactory_train.launch.local import default_run_folder, launch_local
+    from aifactory_train.launch.submit import JobOptions, launch_job
     from aifactory_train.rundir import RunDir
 
     plan = _make_plan(args)
-    return launch_local(plan, RunDir(args.run or default_run_folder(plan.recipe.name)))
+    run = RunDir(args.run or default_run_folder(plan.recipe.name))
+    given = {name: getattr(args, name) for name in JobOptions.__annotations__}
+    if plan.machine.slurm is None:
+        return launch_local(plan, run, JobOptions(**given))
+    print(launch_job(plan, run, JobOptions(**given), args.recipe))
+    return 0
+
+
+def _status(args: argparse.Namespace) -> None:
+    from aifactory_train.launch.status import render_status
+    from aifactory_train.rundir import RunDir, existing_run
+
+    print(render_status(RunDir(existing_run(args.run))))
+
+
+def _cancel(args: argparse.Namespace) -> None:
+    from aifactory_train.launch.status import cancel
+    from aifactory_train.rundir import RunDir, existing_run
+
+    print(cancel(RunDir(existing_run(args.run)), args.now))
+
+
+def _attempt(args: argparse.Namespace) -> int:
+    from aifactory_train.launch import chain
+    from aifactory_train.rundir import RunDir, existing_run
+
+    if args.what == "begin":
+        end_time_s = float(args.end_time_s) if args.end_time_s else None
+        folder = chain.begin(args.recipe, args.machine, args.nodes, args.run, args.job_id, args.node_list, end_time_s)
+        if folder is not None:
+            print(folder)
+        return 0
+    if args.what == "submitted":
+        chain.note_job(RunDir(existing_run(args.run)), args.job_id)
+        return 0
+    return chain.end(args.attempt, args.exit_code, args.down_nodes, args.terminated)
+
+
+def _preflight(args: argparse.Namespace) -> int:
+    from aifactory_train.rundir import existing_run
+    from aifactory_train.train.preflight import preflight
+
+    return preflight(existing_run(args.run))
 
 
 def _train(args: argparse.Namespace) -> int:

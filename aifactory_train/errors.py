@@ -11,6 +11,7 @@ AifactoryError            (exit code)
 │   └── StorageError          disk full, no permission
 ├── RendezvousError       3   ranks did not find each other in time
 ├── TrainingFault         4   the run itself went wrong (loss not finite, a rank died)
+├── PreflightFault        5   a node is not fit to train on
 └── Interrupted         143   asked to stop by a signal; everything up to the last step is saved
 
 Anything else is a bug of ours and keeps its traceback.
@@ -94,6 +95,10 @@ class RendezvousError(AifactoryError):
 
 class TrainingFault(AifactoryError):
     exit_code = 4
+
+
+class PreflightFault(AifactoryError):
+    exit_code = 5
 
 
 class Interrupted(AifactoryError):

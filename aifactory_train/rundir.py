@@ -2,16 +2,25 @@
 
 RUN/
   recipe.yaml            the resolved recipe; a second launch must bring the same
+  machine.yaml           the machine that the plan was made for
   plan.json              all that training reads
-  attempts/001/          one folder per launch: command, log of the ranks
+  job.sbatch             the batch script, where Slurm runs the ranks
+  jobs.jsonl             one line per batch job that was submitted for this run
+  cancelled              exists: the jobs of this run do not submit another
+  attempts/001/          one folder per start of the ranks
+    command.sh             the command, where mpirun started them here
+    job.json               the batch job: id, nodes, time limit (class Attempt of launch/chain.py)
+    preflight/             one file per rank
+    preflight.json         which nodes are fit, and what is wrong with the others
+    log.txt                output of the ranks
+    end.json               how it ended, and what was done about it
   metrics.jsonl          one JSON object per log line, appended by rank 0
   events.jsonl           starts, resumes, commits, stops, faults
   checkpoints/step-N/    sharded state; exists only when it holds COMMIT
   tokenizer/             copy of the one that the text was prepared with
   export/                Hugging Face folder of the newest commit
   wandb-id               under which W&B knows the run
-      wandb-id               under which W&B knows the run
-      result.json            predicted beside measured
+  result.json            predicted beside measured
   report.html
 """
 
@@ -43,7 +52,11 @@ class RunDir:
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root).absolute()
         self.recipe = self.root / "recipe.yaml"
+        self.machine = self.root / "machine.yaml"
         self.plan = self.root / "plan.json"
+        self.job_script = self.root / "job.sbatch"
+        self.jobs = self.root / "jobs.jsonl"
+        self.cancelled = self.root / "cancelled"
         self.attempts = self.root / "attempts"
         self.metrics = self.root / "metrics.jsonl"
         self.events = self.root / "events.jsonl"

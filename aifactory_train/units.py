@@ -6,6 +6,8 @@ prefixes and percentages exist only in printed text.
 
 from __future__ import annotations
 
+import re
+
 
 def _scaled(value: float, units: tuple[str, ...], base: float) -> str:
     size = abs(value)
@@ -70,3 +72,25 @@ def format_nats(value: float | None) -> str:
 def format_difference(value: float | None) -> str:
     """A signed fraction: 0.042 -> "+4.2 %"."""
     return "unknown" if value is None else f"{value * 100:+.1f} %".replace("-", "\N{MINUS SIGN}")
+
+
+def format_slurm_time(seconds: float) -> str:
+    """90000 -> "1-01:00:00", as sbatch --time takes it."""
+    total = int(seconds)
+    days, rest = divmod(total, 86400)
+    clock = f"{rest // 3600:02d}:{rest % 3600 // 60:02d}:{rest % 60:02d}"
+    return f"{days}-{clock}" if days else clock
+
+
+def parse_slurm_time_s(text: str) -> int | None:
+    """Seconds of what sbatch --time takes: "90" (minutes), "90:30", "4:00:00", "1-12", "1-12:30:00"; else None."""
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text.strip())
+    if found is None:
+        return None
+    days, first, second, third = (None if g is None else int(g) for g in found.groups())
+    assert first is not None
+    if days is not None:
+        return days * 86400 + first * 3600 + (second or 0) * 60 + (third or 0)
+    if third is not None:
+        return first * 3600 + (second or 0) * 60 + third
+    return first * 60 + (second or 0)

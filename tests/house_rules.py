@@ -13,7 +13,7 @@ from typing import NamedTuple
 PACKAGE = "aifactory_train"
 
 FLOOR = {
-    **dict.fromkeys(("errors", "units", "rundir", "strictyaml"), 0),
+    **dict.fromkeys(("errors", "units", "rundir", "strictyaml", "hostlist"), 0),
     **dict.fromkeys(("recipe", "machine"), 1),
     "plan": 2,
     **dict.fromkeys(("launch", "results", "data", "models", "metrics"), 3),
@@ -46,7 +46,7 @@ ONLY_IN = {
     "wandb": {"metrics/sinks.py"},
     "mpi4py": {"train/ranks.py"},
 }
-TORCH_NEVER = {"errors", "units", "rundir", "strictyaml", "recipe", "machine", "plan", "launch", "results"}
+TORCH_NEVER = {"errors", "units", "rundir", "strictyaml", "hostlist", "recipe", "machine", "plan", "launch", "results"}
 TORCH_LAZILY = {"data", "cli"}
 
 READS_ENVIRONMENT = "aifactory_train/train/ranks.py"

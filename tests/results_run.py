@@ -27,7 +27,7 @@ def a_plan():
         device=Device(kind="cpu", name="AMD EPYC 9354", per_node=1, memory_bytes=memory_bytes, native_bf16=True),
         host=Host(cores=2, memory_bytes=memory_bytes),
         measured=Measured(matmul_flops_per_s=ByDtype(fp32=1.2e11, bf16=3.5e11), memory_bytes_per_s=1.8e10),
-        sources={"device": FactSource(source="probed: /proc/cpuinfo", date="2026-09-21")},
+        sources=[FactSource(facts=["device"], source="/proc/cpuinfo", by="probed", date="2026-09-21")],
     )
     return make_plan(load_recipe(configs_dir() / "recipes" / "demo.yaml"), machine, cpu_ranks=2)
 

@@ -22,6 +22,7 @@ FLOORS_WITHOUT_TORCH = (
     "units",
     "rundir",
     "strictyaml",
+    "hostlist",
     "recipe",
     "machine",
     "plan",

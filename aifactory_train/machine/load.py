@@ -28,7 +28,7 @@ def load_machine(name_or_path: str | Path) -> Machine:
     if path.suffix not in (".yaml", ".yml") and "/" not in text:
         path = configs_dir() / "machines" / f"{text}.yaml"
         if not path.is_file():
-            known = ", ".join([LOCAL, *_names()])
+            known = ", ".join([LOCAL, *machine_names()])
             raise MachineError(
                 f"unknown machine {text!r}", where=str(path.parent), do=f"one of {known}, or the path of a YAML file"
             )
@@ -42,5 +42,6 @@ def write_machine(machine: Machine, path: Path) -> None:
     write_atomic(path, yaml.safe_dump(machine.model_dump(mode="json"), sort_keys=False))
 
 
-def _names() -> list[str]:
+def machine_names() -> list[str]:
+    """Names of the files in configs/machines/."""
     return sorted(p.stem for p in (configs_dir() / "machines").glob("*.yaml"))

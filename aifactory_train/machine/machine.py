@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field, model_validator
 
-Positive = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(gt=0)]
-
-
-class Facts(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+from aifactory_train.machine.facts import Count, Facts, FactSource, Index, Line, Name, Positive, Variable
+from aifactory_train.machine.site import Accounting, Container, FileSystem, Internet, Rendezvous, Slurm
 
 
 class ByDtype(Facts):
@@ -22,19 +19,91 @@ class ByDtype(Facts):
 
 
 class Device(Facts):
-    """What PyTorch sees as one device: a GPU, a GCD, or this rank's share of the CPU cores."""
+    """What PyTorch sees as one device: a GPU, a GCD, or this rank's share of the CPU cores.
+
+    memory_bytes_per_s: peak of its own memory, by the vendor. power_w: the most that the device may draw.
+    """
 
     kind: Literal["cpu", "cuda", "rocm"]
     name: str
     per_node: Count
     memory_bytes: Count | None = None
+    memory_bytes_per_s: Positive | None = None
     peak_flops_per_s: ByDtype = ByDtype()
     native_bf16: bool | None = None
+    power_w: Positive | None = None
 
 
 class Host(Facts):
+    """`cores`: those that a job may use, without `reserved_cores`. `memory_bytes`: without that of the devices."""
+
     cores: Count
     memory_bytes: Count | None = None
+    architecture: Literal["x86_64", "aarch64"] | None = None
+    login_architecture: Literal["x86_64", "aarch64"] | None = None
+    cpu: str | None = None
+    sockets: Count | None = None
+    numa_nodes: Count | None = None
+    threads_per_core: Count | None = None
+    reserved_cores: list[Index] = []
+    local_disk_bytes: Count | None = None
+
+
+class Link(Facts):
+    """A direct link between two devices of a node; bytes per second in one direction."""
+
+    devices: Annotated[list[Index], Field(min_length=2, max_length=2)]
+    bytes_per_s: Positive
+
+
+class Place(Facts):
+    """What is near device `device`: cores as "48-55" or "1-7,64-71", NUMA node, NIC (as in network.nics)."""
+
+    device: Index
+    cores: Annotated[str, Field(pattern=r"^\d+(-\d+)?(,\d+(-\d+)?)*$")] | None = None
+    numa_node: Index | None = None
+    nic: str | None = None
+
+    def core_list(self) -> list[int]:
+        """Every core number; empty where nobody says."""
+        spans = re.findall(r"(\d+)(?:-(\d+))?", self.cores or "")
+        return [core for first, last in spans for core in range(int(first), int(last or first) + 1)]
+
+
+class Topology(Facts):
+    """Inside the node. `all_to_all_bytes_per_s`: of each pair, where all are linked alike; `links` where not.
+
+    link_kind: "NVLink 3", "xGMI".
+    host_bytes_per_s: between the host and one device, one direction.
+    """
+
+    link_kind: str | None = None
+    all_to_all_bytes_per_s: Positive | None = None
+    links: list[Link] = []
+    host_bytes_per_s: Positive | None = None
+    places: list[Place] = []
+
+
+class Nic(Facts):
+    """`name` as NCCL knows it ("mlx5_0"), or the interface where it has no other."""
+
+    name: Name
+    interface: Name | None = None
+
+
+class Network(Facts):
+    """Between nodes. `nic_gbit_per_s` is one NIC's rate; `nics` are those that ranks may use.
+
+    shape: "dragonfly", "fat tree"; a group is what is joined without long links (cell, island, electrical group).
+    """
+
+    fabric: str | None = None
+    shape: str | None = None
+    nodes_per_group: Count | None = None
+    groups: Count | None = None
+    nics_per_node: Count | None = None
+    nic_gbit_per_s: Positive | None = None
+    nics: list[Nic] = []
 
 
 class Mpi(Facts):
@@ -51,17 +120,55 @@ class Measured(Facts):
     memory_bytes_per_s: Positive | None = None
 
 
-class FactSource(Facts):
-    source: str
-    date: str
+class Software(Facts):
+    """Lines that a job runs before anything else, such as `module load ...`, in their order."""
+
+    setup: list[Line] = []
 
 
 class Machine(Facts):
-    """A machine as `plan` and `launch` see it. `sources` maps a dotted key (or its prefix) to where it is from."""
+    """A machine as `plan` and `launch` see it: a node, how nodes are joined, and how the site gives them out.
 
-    name: str
+    slurm None: ranks are started here, by mpirun. unseen: dotted key -> why `probe` could not see it.
+    """
+
+    name: Name
+    title: Line | None = None
+    nodes: Count | None = None
     device: Device
     host: Host
+    topology: Topology = Topology()
+    network: Network = Network()
     mpi: Mpi = Mpi()
+    slurm: Slurm | None = None
+    rendezvous: Rendezvous = Rendezvous()
+    environment: list[Variable] = []
+    software: Software = Software()
+    container: Container | None = None
+    file_systems: list[FileSystem] = []
+    internet: Internet = Internet()
+    accounting: Accounting | None = None
     measured: Measured = Measured()
-    sources: dict[str, FactSource] = {}
+    sources: list[FactSource] = []
+    unseen: dict[str, str] = {}
+
+    @model_validator(mode="after")
+    def _topology_fits_the_devices(self) -> Machine:
+        n = self.device.per_node
+        named = [d for link in self.topology.links for d in link.devices] + [p.device for p in self.topology.places]
+        if any(d >= n for d in named):
+            raise ValueError(f"topology names device {max(named)}, the node has {n}: 0 to {n - 1}")
+        if self.slurm is not None and self.slurm.cpu_bind == "map":
+            mapped = [p.device for p in self.topology.places if p.cores]
+            if mapped != list(range(n)):
+                raise ValueError(f"slurm.cpu_bind map needs the cores of devices 0 to {n - 1} in topology.places")
+        return self
+
+    def source_of(self, key: str) -> FactSource | None:
+        """The source that speaks for a dotted key: the one that names the longest part of it."""
+        best: tuple[int, FactSource] | None = None
+        for source in self.sources:
+            for fact in source.facts:
+                if (key == fact or key.startswith(f"{fact}.")) and (best is None or len(fact) > best[0]):
+                    best = (len(fact), source)
+        return None if best is None else best[1]

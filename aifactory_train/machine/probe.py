@@ -25,10 +25,7 @@ def probe_local() -> Machine:
     cpuinfo = _read("/proc/cpuinfo")
     cores = len(os.sched_getaffinity(0))
     memory_bytes, memory_from = _host_memory()
-    sources = {
-        "host.cores": _probed("sched_getaffinity"),
-        "host.memory_bytes": _probed(memory_from),
-    }
+    sources = [_probed("sched_getaffinity", "host.cores"), _probed(memory_from, "host.memory_bytes")]
     device, device_from = _gpus() or (
         Device(
             kind="cpu",
@@ -39,7 +36,7 @@ def probe_local() -> Machine:
         ),
         "/proc/cpuinfo",
     )
-    sources["device"] = _probed(device_from)
+    sources.append(_probed(device_from, "device"))
     return Machine(name="local", device=device, host=Host(cores=cores, memory_bytes=memory_bytes), sources=sources)
 
 
@@ -51,8 +48,9 @@ def cpu_name() -> str:
 def with_measured(machine: Machine, measured: Measured) -> Machine:
     """The machine with measured rates in place of those it had, and today's date as their source."""
     today = datetime.date.today().isoformat()
-    sources = {**machine.sources, "measured": FactSource(source="measured: aifactory-train probe", date=today)}
-    return machine.model_copy(update={"measured": measured, "sources": sources})
+    rates = FactSource(facts=["measured"], source="aifactory-train probe", by="measured", date=today)
+    others = [s for s in machine.sources if s.by != "measured"]
+    return machine.model_copy(update={"measured": measured, "sources": [*others, rates]})
 
 
 def parse_cpu_name(cpuinfo: str) -> str:
@@ -151,8 +149,8 @@ def _host_memory() -> tuple[int | None, str]:
     return total, "MemTotal of /proc/meminfo"
 
 
-def _probed(where: str) -> FactSource:
-    return FactSource(source=f"probed: {where}", date=datetime.date.today().isoformat())
+def _probed(where: str, *facts: str) -> FactSource:
+    return FactSource(facts=list(facts), source=where, by="probed", date=datetime.date.today().isoformat())
 
 
 def _read(path: str) -> str:

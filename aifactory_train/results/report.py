@@ -185,8 +185,8 @@ def _provenance(result: Result, plan: Plan) -> list[tuple[str, str]]:
         ("versions", versions),
         ("FLOP convention", plan.shape.flops_convention),
     ]
-    for key, fact in plan.machine.sources.items():
-        rows.append((f"machine: {key}", f"{fact.source} ({fact.date})"))
+    for fact in plan.machine.sources:
+        rows.append((f"machine: {', '.join(fact.facts)}", f"{fact.by}: {fact.source} ({fact.date})"))
     return rows
 
 

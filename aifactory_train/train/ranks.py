@@ -7,7 +7,6 @@ and tells everybody, so nothing has to be configured; otherwise address and port
 from __future__ import annotations
 
 import os
-import re
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from aifactory_train.errors import PlanError, RendezvousError
+from aifactory_train.hostlist import expand
 
 # Start-up of thousands of ranks from a parallel file system takes minutes; a lost rank should not cost more.
 RENDEZVOUS_TIMEOUT_S = 300.0
@@ -64,7 +64,7 @@ def _from_mpi(timeout_s: float) -> Ranks:
     local_rank, one_node = node.Get_rank(), node.Get_size() == size
     store, place = None, None
     if rank == 0:
-        address = "127.0.0.1" if one_node else socket.gethostname()
+        address = "127.0.0.1" if one_node else os.environ.get("MASTER_ADDR") or socket.gethostname()
         store = _host_store(address, 0, size, timeout_s)
         place = (address, store.port)
     address, port = world.bcast(place, root=0)
@@ -99,15 +99,14 @@ def _integer(env: Mapping[str, str], name: str) -> int:
 
 def first_host(nodelist: str) -> str:
     """The first host of a Slurm list: "nid[0012-0014,0020],x1" -> "nid0012"."""
-    match = re.match(r"([^,\[]+)(?:\[([^\]]+)\])?([^,\[]*)", nodelist)
-    if match is None:
+    hosts = expand(nodelist)
+    if not hosts:
         raise RendezvousError(
             f"SLURM_STEP_NODELIST is {nodelist!r}: no host in it",
             where="environment of this rank",
             do="export MASTER_ADDR=<host of rank 0> before srun",
         )
-    prefix, numbers, suffix = match.groups()
-    return prefix + (re.split("[-,]", numbers)[0] + suffix if numbers else suffix)
+    return hosts[0]
 
 
 def check_world_size(ranks: Ranks, planned: int) -> None:

@@ -31,7 +31,7 @@ def a_machine():
 def test_the_local_machine_probes_and_reads_back_equal_from_its_file(tmp_path):
     machine = load_machine("local")
     assert machine.host.cores >= 1 and machine.host.memory_bytes > 2**28
-    assert machine.sources["device"].source.startswith("probed: ")
+    assert machine.source_of("device.name").by == "probed"
     write_machine(machine, tmp_path / "here.yaml")
     assert load_machine(tmp_path / "here.yaml") == machine
 
@@ -41,7 +41,7 @@ def test_a_machine_with_measured_rates_reads_back_equal(tmp_path):
     write_machine(machine, tmp_path / "lab.yaml")
     again = load_machine(tmp_path / "lab.yaml")
     assert again == machine and again.measured.matmul_flops_per_s.bf16 == 6.9e14
-    assert "probe" in again.sources["measured"].source and "measured" not in a_machine().sources
+    assert again.source_of("measured").by == "measured" and a_machine().source_of("measured") is None
 
 
 def test_an_unknown_machine_is_refused_with_the_names_that_exist():
@@ -126,11 +126,11 @@ def test_a_lower_limit_of_the_control_group_wins_over_the_memory_of_the_host(mon
     monkeypatch.setattr(probe, "_output", lambda command: "")
     machine = probe.probe_local()
     assert machine.host.memory_bytes == machine.device.memory_bytes == 1000
-    assert "control group" in machine.sources["host.memory_bytes"].source
+    assert "control group" in machine.source_of("host.memory_bytes").source
 
 
 def test_a_machine_with_gpus_has_their_memory_and_not_the_hosts(monkeypatch):
     monkeypatch.setattr(probe, "_output", lambda command: A100 if command[0] == "nvidia-smi" else "")
     machine = probe.probe_local()
     assert machine.device.kind == "cuda" and machine.device.per_node == 4
-    assert machine.sources["device"].source == "probed: nvidia-smi"
+    assert machine.source_of("device").source == "nvidia-smi"
