@@ -41,6 +41,28 @@ def format_bytes_per_s(value: float | None) -> str:
     return "unknown" if value is None else _scaled(value, ("B/s", "kB/s", "MB/s", "GB/s", "TB/s"), 1000)
 
 
+def format_gb_per_s(value: float | None) -> str:
+    """1.25e10 -> "12.5": for tables and pictures whose head names GB/s, one scale for all cells."""
+    return "unknown" if value is None else f"{value / 1e9:,.4g}"
+
+
+def format_gbit_per_s(value: float | None) -> str:
+    """200.0 -> "200 Gbit/s"."""
+    return "unknown" if value is None else f"{value:,.4g} Gbit/s"
+
+
+def format_watts(value: float | None) -> str:
+    """560.0 -> "560 W"."""
+    return "unknown" if value is None else f"{value:,.4g} W"
+
+
+def format_hours(value: float | None) -> str:
+    """48.0 -> "48 h"; 0.5 -> "30 min"."""
+    if value is None:
+        return "unknown"
+    return f"{value:,.4g} h" if value >= 1 else f"{value * 60:.3g} min"
+
+
 def format_rate(value: float | None, what: str) -> str:
     """1046.2, "tokens" -> "1.05 k tokens/s"."""
     return "unknown" if value is None else f"{format_count(value)} {what}/s".replace("  ", " ")
