@@ -14,7 +14,7 @@ from aifactory_train.machine.load import load_machine
 from aifactory_train.machine.machine import Machine, Nic, Place
 from aifactory_train.machine.site import FileSystem, Partition, Qos
 
-# Says which machine the file is about, and how it is known: no facts about the machine.
+# Says which machine the file is about, and how it is known: no facts about the machine, so they need no source.
 _NOT_FACTS = {"name", "title", "sources", "unseen"}
 # What tells the elements of a list apart; others go by their number.
 _IDENTITY: dict[type[Facts], str] = {
@@ -111,6 +111,7 @@ def _inside(value: Facts, key: str, identity: str | None = None) -> Iterator[tup
 def _source_faults(machine: Machine, today: datetime.date) -> Iterator[str]:
     named = [fact for source in machine.sources for fact in source.facts]
     present = [key for key, _ in _values(machine)]
+    there = [*present, *_NOT_FACTS]
     for key in facts(machine):
         # A source of what stands below an element speaks for the element too.
         if machine.source_of(key) is None and not any(fact.startswith(f"{key}.") for fact in named):
@@ -120,7 +121,7 @@ def _source_faults(machine: Machine, today: datetime.date) -> Iterator[str]:
         if key.startswith("measured.") and source is not None and source.by != "measured":
             yield f"{key}: from a source by {source.by}; only a measurement on the machine may stand here: drop it"
     for fact, times in Counter(named).items():
-        if fact.split(".")[0] in _NOT_FACTS or not any(key == fact or key.startswith(f"{fact}.") for key in present):
+        if not any(key == fact or key.startswith(f"{fact}.") for key in there):
             yield f"sources: {fact} is named, and the machine has no such value; correct the key or drop it"
         if times > 1:
             yield f"sources: {fact} is named {times} times; let one source speak for it, with all that was read"
@@ -218,9 +219,9 @@ def _site_faults(machine: Machine) -> Iterator[str]:
     host = machine.host
     n_cores = (host.cores + len(host.reserved_cores)) * (host.threads_per_core or 1)
     most = {"node": 1, "GPU": machine.device.per_node, "core": n_cores}
-    kind = accounting.unit.removesuffix("-hour")
+    kind = accounting.unit.partition(" (")[0].removesuffix("-hour")  # "GPU-hour (one MI250X)"
     if kind not in most:
-        yield f"{where} is not one that plans can count in; one of {', '.join(f'{k}-hour' for k in most)}"
+        yield f"{where} is not known; one of {', '.join(f'{k}-hour' for k in most)}, with a remark in brackets"
     elif accounting.units_per_node_hour > most[kind]:
         yield f"{what}, and a node has {most[kind]}; correct it"
     elif kind == "node" and accounting.units_per_node_hour < 1:
