@@ -57,18 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         ("plan", "layout, memory and time of a recipe on a machine", _plan),
         ("launch", "plan, check, and start the run: by Slurm, or here where the machine has none", _launch),
     ):
-        sub = verb(name, help_text, run)
-        sub.add_argument("recipe", type=Path, help="configs/recipes/NAME.yaml")
-        sub.add_argument(
-            "--set", action="append", default=[], metavar="KEY=VALUE", help="override, such as optim.lr=3e-4"
-        )
-        if name != "prepare":
-            sub.add_argument("--machine", default="local", help="name in configs/machines/, a file, or local (default)")
-            sub.add_argument("--nodes", type=int, default=1, help="nodes of the machine (default 1)")
-            sub.add_argument("--cpu-ranks", type=int, default=1, help="ranks where the machine has no GPU (default 1)")
-            sub.add_argument("--run", type=Path, help="run folder (default runs/NAME)")
-        if name == "launch":
-            _add_job_options(sub)
+        _add_recipe_options(verb(name, help_text, run), name)
     status = verb("status", "how far a run is, and what its jobs do", _status)
     status.add_argument("run", type=Path, help="run folder")
     cancel = verb("cancel", "save and end a run, and submit no further job", _cancel)
@@ -93,6 +82,19 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--tokens", type=int, default=60, help="tokens to generate (default %(default)s)")
     sample.add_argument("--seed", type=int, default=0, help="of the random choice (default %(default)s)")
     return parser
+
+
+def _add_recipe_options(sub: argparse.ArgumentParser, name: str) -> None:
+    sub.add_argument("recipe", type=Path, help="configs/recipes/NAME.yaml")
+    sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, such as optim.lr=3e-4")
+    if name == "prepare":
+        return
+    sub.add_argument("--machine", default="local", help="name in configs/machines/, a file, or local (default)")
+    sub.add_argument("--nodes", type=int, default=1, help="nodes of the machine (default 1)")
+    sub.add_argument("--cpu-ranks", type=int, default=1, help="ranks where the machine has no GPU (default 1)")
+    sub.add_argument("--run", type=Path, help="run folder (default runs/NAME)")
+    if name == "launch":
+        _add_job_options(sub)
 
 
 def _add_job_options(launch: argparse.ArgumentParser) -> None:
@@ -211,8 +213,9 @@ def _plan(args: argparse.Namespace) -> None:
 
 
 def _launch(args: argparse.Namespace) -> int:
+    from aifactory_train.launch.checks import JobOptions
     from aifactory_train.launch.local import default_run_folder, launch_local
-    from aifactory_train.launch.submit import JobOptions, launch_job
+    from aifactory_train.launch.submit import launch_job
     from aifactory_train.rundir import RunDir
 
     plan = _make_plan(args)

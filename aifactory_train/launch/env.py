@@ -3,35 +3,63 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 
+from aifactory_train.machine.facts import Variable
+from aifactory_train.machine.machine import Machine
 from aifactory_train.plan.plan import Plan
 
-
-@dataclass(frozen=True)
-class Variable:
-    name: str
-    value: str
-    why: str
+# What sbatch and srun were given for the job we may be in; a job that we submit must not inherit it.
+_OF_A_JOB = ("SLURM_", "SBATCH_", "SRUN_", "OMPI_", "PMIX_", "PMI_")
 
 
-def rank_variables(plan: Plan) -> list[Variable]:
-    """Variables for the ranks of a run on one node."""
-    threads = str(plan.layout.threads_per_rank)
+def rank_variables(machine: Machine, threads: int) -> list[Variable]:
+    """For the ranks of any run on this machine, before what its site adds.
+
+    Args:
+        threads: CPU threads of one rank.
+    """
     variables = [
-        Variable("OMP_NUM_THREADS", threads, "ranks share the cores; without it each takes all of them"),
-        Variable("PYTHONUNBUFFERED", "1", "log lines appear when they are written"),
-        Variable("GLOO_SOCKET_IFNAME", "lo", "all ranks are on this node; needs no host name that resolves"),
-        Variable("OMPI_MCA_btl", "self,sm", "all ranks are on this node; keeps MPI from probing its networks"),
+        Variable(
+            name="OMP_NUM_THREADS", value=str(threads), why="ranks share the cores; without it each takes them all"
+        ),
+        Variable(name="PYTHONUNBUFFERED", value="1", why="log lines appear when they are written"),
     ]
-    if plan.machine.device.kind != "cpu":
-        variables += [
-            Variable("NCCL_SOCKET_IFNAME", "lo", "all ranks are on this node; NCCL passes over loopback unless told"),
-            Variable("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True", "blocks of changing size fragment memory"),
-        ]
+    if machine.device.kind == "cuda":
+        why = "blocks of changing size fragment the device's memory"
+        variables.append(Variable(name="PYTORCH_CUDA_ALLOC_CONF", value="expandable_segments:True", why=why))
     return variables
 
 
-def rank_environment(plan: Plan) -> dict[str, str]:
+def local_variables(plan: Plan) -> list[Variable]:
+    """For the ranks of a run that is started on this node by mpirun."""
+    here = [
+        Variable(name="GLOO_SOCKET_IFNAME", value="lo", why="all ranks are on this node; needs no name that resolves"),
+        Variable(name="OMPI_MCA_btl", value="self,sm", why="all ranks are here; keeps MPI from probing its networks"),
+    ]
+    if plan.machine.device.kind != "cpu":
+        why = "all ranks are on this node; NCCL passes over loopback unless told"
+        here.append(Variable(name="NCCL_SOCKET_IFNAME", value="lo", why=why))
+    return rank_variables(plan.machine, plan.layout.threads_per_rank) + here
+
+
+def local_environment(plan: Plan) -> dict[str, str]:
     """The launcher's environment with the variables of the ranks; what the user has set wins."""
-    return {**{v.name: v.value for v in rank_variables(plan)}, **os.environ}
+    return {**{v.name: v.value for v in local_variables(plan)}, **os.environ}
+
+
+def job_variables(machine: Machine, threads: int) -> list[Variable]:
+    """For the ranks of a batch job: ours, then those of the machine file."""
+    return rank_variables(machine, threads) + machine.environment
+
+
+def submit_environment(python: str | None, container: str | None) -> dict[str, str]:
+    """For sbatch, whose job inherits it: the launcher's, without that of a job we are in.
+
+    Args:
+        python: interpreter on the compute nodes; None leaves the choice to the script.
+        container: image; None leaves the choice to the script.
+    """
+    env = {name: value for name, value in {**os.environ}.items() if not name.startswith(_OF_A_JOB)}
+    given = {"AIFACTORY_PYTHON": python, "AIFACTORY_CONTAINER": container}
+    env.update({name: value for name, value in given.items() if value is not None})
+    return env

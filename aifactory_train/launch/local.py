@@ -13,9 +13,11 @@ from types import FrameType
 from typing import IO, Any
 
 from aifactory_train.data.shards import check_fits_model, load_prepared
-from aifactory_train.errors import RunFolderError, storage_errors
-from aifactory_train.launch.env import rank_environment, rank_variables
+from aifactory_train.errors import PlanError, RunFolderError, storage_errors
+from aifactory_train.launch.checks import JobOptions, refuse_job_options
+from aifactory_train.launch.env import local_environment, local_variables
 from aifactory_train.launch.mpi import mpirun_command
+from aifactory_train.machine.load import write_machine
 from aifactory_train.plan.plan import Plan
 from aifactory_train.recipe.load import dump_recipe
 from aifactory_train.rundir import STOP_SIGNAL, RunDir, hold, is_finished, write_atomic
@@ -26,12 +28,22 @@ _CHUNK_BYTES = 1 << 16
 _RULE = b"-" * 74 + b"\n"
 
 
-def launch_local(plan: Plan, run: RunDir) -> int:
+def launch_local(plan: Plan, run: RunDir, options: JobOptions) -> int:
     """Run the plan here by mpirun. Returns the exit code of the ranks, 0 at once if the run is finished."""
+    refuse_job_options(options)
+    if plan.layout.n_nodes != 1:
+        raise PlanError(
+            f"{plan.layout.n_nodes} nodes, and machine {plan.machine.name} has no Slurm to start ranks on the others",
+            where="command line: --nodes",
+            do="--nodes 1, or name a machine that has Slurm: --machine NAME (aifactory-train machines)",
+        )
     check_run_folder(plan, run)
     check_fits_model(load_prepared(plan.recipe.data).manifest, plan.recipe.model.vocab_size)
     if is_finished(run, plan.recipe.n_steps):
         print(f"{run.root} is finished at step {plan.recipe.n_steps}; nothing to train")
+        return 0
+    if options.dry_run:
+        print(_command_text(plan, run))
         return 0
     busy = RunFolderError(
         "this run is being trained already",
@@ -44,17 +56,25 @@ def launch_local(plan: Plan, run: RunDir) -> int:
 
 
 def _start_ranks(plan: Plan, run: RunDir, lock: IO[str]) -> int:
-    program = [sys.executable, "-m", "aifactory_train", "train", str(run.root)]
-    if sys.stdout.isatty():
-        program += ["--bar", str(shutil.get_terminal_size().columns)]
-    command = mpirun_command(plan.machine, plan.layout.world_size, program)
     write_run_folder(plan, run)
     attempt = run.attempt(run.last_attempt() + 1)
     attempt.mkdir(parents=True)
-    lines = [f"export {v.name}={shlex.quote(v.value)}  # {v.why}" for v in rank_variables(plan)]
-    write_atomic(attempt / "command.sh", "\n".join([*lines, shlex.join(command), ""]))
+    write_atomic(attempt / "command.sh", _command_text(plan, run))
     with open(attempt / "log.txt", "wb") as log:
-        return _run(command, rank_environment(plan), log, lock)
+        return _run(_command(plan, run), local_environment(plan), log, lock)
+
+
+def _command(plan: Plan, run: RunDir) -> list[str]:
+    program = [sys.executable, "-m", "aifactory_train", "train", str(run.root)]
+    if sys.stdout.isatty():
+        program += ["--bar", str(shutil.get_terminal_size().columns)]
+    return mpirun_command(plan.machine, plan.layout.world_size, program)
+
+
+def _command_text(plan: Plan, run: RunDir) -> str:
+    """What is run, so that it can be typed by hand."""
+    lines = [f"export {v.name}={shlex.quote(v.value)}  # {v.why}" for v in local_variables(plan)]
+    return "\n".join([*lines, shlex.join(_command(plan, run)), ""])
 
 
 def check_run_folder(plan: Plan, run: RunDir) -> None:
@@ -86,10 +106,11 @@ def _differences(a: Any, b: Any, key: str) -> list[str]:
 
 
 def write_run_folder(plan: Plan, run: RunDir) -> None:
-    """Leave recipe and plan for the ranks. Raises StorageError."""
+    """Leave recipe, machine and plan for the ranks. Raises StorageError."""
     with storage_errors("writing the run folder", run.root, "free space or give another folder: --run RUN"):
         if not run.recipe.exists():
             write_atomic(run.recipe, dump_recipe(plan.recipe))
+        write_machine(plan.machine, run.machine)
         write_atomic(run.plan, plan.to_json())
 
 

@@ -33,11 +33,11 @@ def test_a_notice_that_arrives_in_pieces_is_dropped_too():
 
 def test_every_variable_of_a_rank_has_a_reason_and_the_users_own_value_wins(monkeypatch):
     plan = a_plan()
-    assert all(v.why for v in env.rank_variables(plan))
+    assert all(v.why for v in env.local_variables(plan))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert env.rank_environment(plan)["OMP_NUM_THREADS"] == str(plan.layout.threads_per_rank)
+    assert env.local_environment(plan)["OMP_NUM_THREADS"] == str(plan.layout.threads_per_rank)
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    assert env.rank_environment(plan)["OMP_NUM_THREADS"] == "7"
+    assert env.local_environment(plan)["OMP_NUM_THREADS"] == "7"
 
 
 def test_the_embedded_mpirun_lies_beside_our_python_and_a_sites_is_looked_up():

@@ -1,0 +1,148 @@
+"""What would fail in the queue, found before a queue slot is spent."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+from aifactory_train.data.shards import check_fits_model, load_prepared
+from aifactory_train.data.stage import check_staged
+from aifactory_train.errors import AifactoryError, MachineError, PlanError
+from aifactory_train.machine.machine import Machine
+from aifactory_train.machine.site import Partition, Qos, Slurm
+from aifactory_train.plan.plan import Plan
+from aifactory_train.units import format_seconds, parse_slurm_time_s
+
+
+@dataclass(frozen=True)
+class JobOptions:
+    """What the user asks of the batch system, as given on the command line."""
+
+    time: str | None = None
+    account: str | None = None
+    partition: str | None = None
+    qos: str | None = None
+    container: str | None = None
+    python: str | None = None
+    dry_run: bool = False
+
+
+def check_job(plan: Plan, options: JobOptions, recipe_path: Path) -> None:
+    """Raise one PlanError that names every fault: limits of the site, data, settings that need the internet."""
+    slurm = plan.machine.slurm
+    assert slurm is not None
+    faults = [
+        *_account_faults(plan.machine, slurm, options),
+        *_limit_faults(plan, slurm, options),
+        *_python_faults(plan.machine, options),
+        *_online_faults(plan),
+        *_data_faults(plan, recipe_path),
+    ]
+    if faults:
+        raise PlanError(
+            "\n".join([f"{len(faults)} thing{'s' * (len(faults) > 1)} would end this job before it trains", *faults]),
+            where=f"recipe {plan.recipe.name} on {plan.layout.n_nodes} node(s) of machine {plan.machine.name}",
+            do="mend the lines above and launch again; nothing was submitted",
+        )
+
+
+def _fault(what: str, do: str) -> str:
+    return f"  - {what}\n    do: {do}"
+
+
+def partition_of(slurm: Slurm, options: JobOptions) -> Partition | None:
+    """The partition that the job will be in; None where the machine file does not know it."""
+    wanted = options.partition or slurm.partition.name
+    return next((p for p in slurm.partitions if p.name == wanted), None)
+
+
+def _qos_of(slurm: Slurm, options: JobOptions) -> Qos | None:
+    wanted = options.qos or slurm.default_qos
+    return next((q for q in slurm.qos if q.name == wanted), None)
+
+
+def _account_faults(machine: Machine, slurm: Slurm, options: JobOptions) -> list[str]:
+    faults = []
+    if slurm.account_required and not options.account:
+        faults.append(
+            _fault("no account is given", f"--account PROJECT{f': {slurm.account_hint}' if slurm.account_hint else ''}")
+        )
+    if slurm.qos_required and not (options.qos or slurm.default_qos):
+        known = ", ".join(q.name for q in slurm.qos)
+        faults.append(_fault("no QoS is given", f"--qos QOS{f', one of {known}' if known else ''}"))
+    if partition_of(slurm, options) is None:
+        known = ", ".join(p.name for p in slurm.partitions)
+        faults.append(_fault(f"partition {options.partition!r} is not in the machine file", f"one of {known}"))
+    if options.container and machine.container is None:
+        faults.append(_fault("a container is given, and the machine file names no runtime", "leave out --container"))
+    if options.container and "/" in options.container and not Path(options.container).exists():
+        faults.append(_fault(f"there is no image {options.container}", "--container IMAGE that exists"))
+    return faults
+
+
+def _limit_faults(plan: Plan, slurm: Slurm, options: JobOptions) -> list[str]:
+    """More than the partition or the QoS allows. A QoS that has a limit wins over the partition."""
+    partition, qos, faults = partition_of(slurm, options), _qos_of(slurm, options), []
+    named = f"partition {partition.name if partition else '?'}" + (f" with QoS {qos.name}" if qos else "")
+    n_nodes = plan.layout.n_nodes
+    most = (qos.max_nodes if qos else None) or (partition.max_nodes or partition.nodes if partition else None)
+    if most is not None and n_nodes > most:
+        faults.append(_fault(f"{n_nodes} nodes; {named} allows {most}", f"--nodes {most} or less"))
+    least = qos.min_nodes if qos else None
+    if least is not None and n_nodes < least:
+        faults.append(_fault(f"{n_nodes} node(s); {named} wants {least} or more", f"--nodes {least}, or another --qos"))
+    if options.time is None:
+        return faults
+    time_s = parse_slurm_time_s(options.time)
+    most_h = (qos.max_time_h if qos else None) or (partition.max_time_h if partition else None)
+    if not time_s:
+        faults.append(_fault(f"--time {options.time!r} is no time that sbatch takes", "such as --time 12:00:00"))
+    elif most_h is not None and time_s > most_h * 3600:
+        shown = f"{format_seconds(time_s)}; {named} allows {format_seconds(most_h * 3600)}"
+        faults.append(_fault(f"a wall time of {shown}", "less: the run goes on in the next job by itself"))
+    return faults
+
+
+def _python_faults(machine: Machine, options: JobOptions) -> list[str]:
+    here, there = platform.machine(), machine.host.architecture
+    image = options.container or (machine.container.image if machine.container else None)
+    if there is None or there == here or options.python or image:
+        return []
+    return [_fault(f"this Python is for {here}, the compute nodes are {there}", "--python FILE or --container IMAGE")]
+
+
+def _online_faults(plan: Plan) -> list[str]:
+    if plan.machine.internet.compute is not False or plan.recipe.metrics.wandb != "online":
+        return []
+    what = "metrics.wandb is online, and the compute nodes have no internet"
+    return [_fault(what, "--set metrics.wandb=offline; afterwards on a login node: wandb sync RUN/wandb/offline-*")]
+
+
+def _data_faults(plan: Plan, recipe_path: Path) -> list[str]:
+    """Prepared shards, tokenizer and weights must be there already."""
+    recipe, faults = plan.recipe, []
+
+    def hold(check: object) -> None:
+        try:
+            check()  # type: ignore[operator]
+        except AifactoryError as error:
+            faults.append(_fault(f"{error.what} ({error.where})" if error.where else error.what, error.do))
+
+    hold(lambda: check_fits_model(load_prepared(recipe.data).manifest, recipe.model.vocab_size))
+    hold(lambda: check_staged(recipe_path.parent))
+    weights = recipe.model.init_from
+    if weights is not None and not any(Path(weights).glob("*.safetensors")):
+        faults.append(_fault(f"no weights in model.init_from {weights}", "aifactory-train stage RECIPE --to DIR"))
+    return faults
+
+
+def refuse_job_options(options: JobOptions) -> None:
+    """Where there is no batch system, what is meant for one is a mistake."""
+    given = [f"--{name}" for name, value in vars(options).items() if value and name != "dry_run"]
+    if given:
+        raise MachineError(
+            f"{', '.join(given)}: the ranks are started on this node, without a batch system",
+            where="command line",
+            do="leave it out, or name a machine that has Slurm: --machine NAME (aifactory-train machines)",
+        )

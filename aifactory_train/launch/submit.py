@@ -1,0 +1,109 @@
+"""From a plan to a job in the queue."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from aifactory_train.errors import MachineError, RunFolderError, storage_errors
+from aifactory_train.launch.chain import note_job
+from aifactory_train.launch.checks import JobOptions, check_job, partition_of
+from aifactory_train.launch.env import submit_environment
+from aifactory_train.launch.local import check_run_folder, write_run_folder
+from aifactory_train.launch.slurm import DEFAULT_TIME_H, render_job
+from aifactory_train.launch.status import live_jobs
+from aifactory_train.plan.cost import render_cost
+from aifactory_train.plan.plan import Plan
+from aifactory_train.rundir import RunDir, is_finished, write_atomic
+from aifactory_train.units import format_slurm_time, parse_slurm_time_s
+
+_SBATCH_SECONDS = 120
+
+
+def launch_job(plan: Plan, run: RunDir, options: JobOptions, recipe_path: Path) -> str:
+    """Check, render, write the run folder, submit. Returns what to tell the user; a dry run only tells."""
+    script = render_job(plan.machine)
+    check_job(plan, options, recipe_path)
+    check_run_folder(plan, run)
+    if is_finished(run, plan.recipe.n_steps):
+        return f"{run.root} is finished at step {plan.recipe.n_steps}; nothing to train"
+    command = sbatch_command(plan, run, options)
+    if options.dry_run:
+        shown = "\n".join(f"#   {word}" for word in ["submitted by:", shlex.join(command), *_cost(plan, options)])
+        return f"{script.rstrip()}\n\n{shown}"
+    live = live_jobs(run)
+    if live:
+        raise RunFolderError(
+            f"job {', '.join(live)} has this run already",
+            where=str(run.root),
+            do=f"aifactory-train status {run.root}, or first: aifactory-train cancel {run.root}",
+        )
+    with storage_errors("writing the run folder", run.root, "free space or give another folder: --run RUN"):
+        write_run_folder(plan, run)
+        write_atomic(run.job_script, script)
+        run.cancelled.unlink(missing_ok=True)
+    job_id = submit(command, options)
+    note_job(run, job_id)
+    rows = [
+        ("job", job_id),
+        ("run", str(run.root)),
+        *[("cost", line) for line in _cost(plan, options)],
+        ("follow", f"aifactory-train status {shlex.quote(str(run.root))}"),
+        ("", f"tail -F {shlex.quote(str(run.root))}/attempts/*/log.txt"),
+        ("end", f"aifactory-train cancel {shlex.quote(str(run.root))}"),
+    ]
+    return "\n".join(f"{name:<8}{text}" for name, text in rows)
+
+
+def sbatch_command(plan: Plan, run: RunDir, options: JobOptions) -> list[str]:
+    """Each value is a word of its own, so that no shell ever reads it."""
+    given = {
+        "job-name": plan.recipe.name,
+        "nodes": str(plan.layout.n_nodes),
+        "time": options.time,
+        "account": options.account,
+        "partition": options.partition,
+        "qos": options.qos,
+        # In a file name % begins a field of Slurm, and a backslash turns that off for the whole name.
+        "output": str(run.root).replace("%", "%%") + "/slurm-%j.out",
+    }
+    words = [f"--{name}={value}" for name, value in given.items() if value]
+    return ["sbatch", "--parsable", *words, str(run.job_script), str(run.recipe), str(run.root), str(run.machine)]
+
+
+def submit(command: list[str], options: JobOptions) -> str:
+    """The id of the new job. Raises MachineError with what Slurm says."""
+    if shutil.which(command[0]) is None:
+        raise MachineError(
+            "sbatch is not on this node's PATH",
+            where="launch",
+            do="run it on a login node of the machine, or look at the script with --dry-run",
+        )
+    # A Python that was asked for wins over the site's image; our own does not.
+    container = options.container or ("" if options.python else None)
+    done = subprocess.run(
+        command,
+        env=submit_environment(options.python or sys.executable, container),
+        capture_output=True,
+        text=True,
+        timeout=_SBATCH_SECONDS,
+    )
+    if done.returncode:
+        said = done.stderr.strip() or f"exit code {done.returncode}"
+        raise MachineError(
+            f"Slurm refused the job: {said}", where=shlex.join(command), do="mend what Slurm names above"
+        )
+    return done.stdout.strip().split(";")[0]
+
+
+def _cost(plan: Plan, options: JobOptions) -> list[str]:
+    slurm = plan.machine.slurm
+    assert slurm is not None
+    partition = partition_of(slurm, options)
+    most_h = min(h for h in (partition.max_time_h if partition else None, DEFAULT_TIME_H) if h is not None)
+    time_s = parse_slurm_time_s(options.time) if options.time else None
+    time_s = time_s or int(most_h * 3600)
+    return render_cost(plan, time_s, format_slurm_time(time_s))
