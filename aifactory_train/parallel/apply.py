@@ -5,12 +5,15 @@ from __future__ import annotations
 from torch.distributed.device_mesh import DeviceMesh
 
 from aifactory_train.models.parts import ModelParts
+from aifactory_train.parallel.remat import apply_full_remat
 from aifactory_train.parallel.shard import apply_fsdp
 from aifactory_train.plan.contract import Layout
 
 
 def apply_parallelism(parts: ModelParts, mesh: DeviceMesh, layout: Layout, compile_blocks: bool) -> None:
-    """Compile, then shard: FSDP's hooks stay outside of the compiled region. Changes `parts` in place."""
+    """Remat, compile, shard: FSDP's hooks stay outside of the compiled region. Changes `parts` in place."""
+    if layout.remat == "full":
+        apply_full_remat(parts)
     if compile_blocks:
         for module in (*parts.blocks, parts.chunk_loss):
             module.compile(dynamic=False)

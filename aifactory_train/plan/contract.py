@@ -23,6 +23,7 @@ class Layout(Part):
     micro_batch_rows: int
     accumulation: int
     reshard_after_forward: bool
+    remat: Literal["none", "full"]
     precision: Literal["fp32", "bf16"]
     threads_per_rank: int
     n_nodes: int = 1

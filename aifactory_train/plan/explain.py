@@ -33,6 +33,7 @@ def _layout(plan: Plan) -> str:
     rows = [
         ("ranks", f"{layout.world_size} on {layout.n_nodes} node(s), {layout.threads_per_rank} thread(s) each"),
         ("fsdp", f"dp_shard {layout.dp_shard}, parameters gathered {gathered}"),
+        ("activations", "kept" if layout.remat == "none" else "of each block computed again in the backward pass"),
         ("precision", layout.precision),
         (
             "batch",

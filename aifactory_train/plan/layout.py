@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Literal
 
@@ -24,6 +25,8 @@ def n_devices(machine: Machine, layout: Layout) -> int:
 def choose_layout(recipe: Recipe, machine: Machine, n_nodes: int, cpu_ranks: int, notes: list[str]) -> Layout:
     """The largest micro-batch that fits, and parameters left gathered where they fit too.
 
+    Activations are kept as long as one row of them fits: to compute them again costs a third more FLOPs.
+
     Args:
         cpu_ranks: ranks per node on a machine without GPUs; without meaning on others.
         notes: gets a sentence for each choice that rests on something unknown.
@@ -42,12 +45,14 @@ def choose_layout(recipe: Recipe, machine: Machine, n_nodes: int, cpu_ranks: int
         micro_batch_rows=1,
         accumulation=rows_per_rank,
         reshard_after_forward=True,
+        remat="none",
         precision=_precision(recipe, machine, notes),
         threads_per_rank=max(1, machine.host.cores // ranks_per_node),
         n_nodes=n_nodes,
     )
     wanted = recipe.layout.reshard_after_forward
     reshards = [False, True] if wanted == "auto" else [wanted]
+    remats: list[Literal["none", "full"]] = ["none", "full"] if recipe.layout.remat == "auto" else [recipe.layout.remat]
     micros = _micro_batches(recipe, rows_per_rank)
     limit_bytes = memory_per_rank_bytes(machine, ranks_per_node)
     if limit_bytes is None:
@@ -57,13 +62,13 @@ def choose_layout(recipe: Recipe, machine: Machine, n_nodes: int, cpu_ranks: int
             f"device memory is unknown: micro_batch_rows {micro} gives {micro * seq} tokens and parameters are"
             " gathered block by block; give the machine file its device.memory_bytes"
         )
-        return _cut(first, rows_per_rank, micro, reshards[-1])
-    for micro in micros:
-        for reshard in reshards:
-            layout = _cut(first, rows_per_rank, micro, reshard)
-            if _fits(recipe, machine, layout, limit_bytes):
-                return layout
-    raise _does_not_fit(recipe, machine, _cut(first, rows_per_rank, micros[-1], reshards[-1]), limit_bytes)
+        return _cut(first, rows_per_rank, micro, reshards[-1], remats[0])
+    for remat, micro, reshard in itertools.product(remats, micros, reshards):
+        layout = _cut(first, rows_per_rank, micro, reshard, remat)
+        if _fits(recipe, machine, layout, limit_bytes):
+            return layout
+    least = _cut(first, rows_per_rank, micros[-1], reshards[-1], remats[-1])
+    raise _does_not_fit(recipe, machine, least, limit_bytes)
 
 
 def _rows_per_rank(recipe: Recipe, world_size: int) -> int:
@@ -115,9 +120,9 @@ def _micro_batches(recipe: Recipe, rows_per_rank: int) -> list[int]:
     return [given]
 
 
-def _cut(layout: Layout, rows_per_rank: int, micro: int, reshard: bool) -> Layout:
+def _cut(layout: Layout, rows_per_rank: int, micro: int, reshard: bool, remat: Literal["none", "full"]) -> Layout:
     changes = {"micro_batch_rows": micro, "accumulation": rows_per_rank // micro, "reshard_after_forward": reshard}
-    return layout.model_copy(update=changes)
+    return layout.model_copy(update={**changes, "remat": remat})
 
 
 def _fits(recipe: Recipe, machine: Machine, layout: Layout, limit_bytes: int) -> bool:
@@ -148,6 +153,7 @@ def _smallest_world_that_fits(recipe: Recipe, machine: Machine, least: Layout, l
         if rows % (world_size * micro):
             continue
         larger = least.model_copy(update={"world_size": world_size, "dp_shard": world_size})
-        if _fits(recipe, machine, _cut(larger, rows // world_size, micro, least.reshard_after_forward), limit_bytes):
+        cut = _cut(larger, rows // world_size, micro, least.reshard_after_forward, least.remat)
+        if _fits(recipe, machine, cut, limit_bytes):
             return world_size
     return None

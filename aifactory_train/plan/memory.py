@@ -1,4 +1,4 @@
-"""Bytes per device by named term, for FSDP alone and without recomputation."""
+"""Bytes per device by named term, for FSDP alone."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def estimate_memory_bytes(recipe: Recipe, machine: Machine, layout: Layout) -> d
     n_all, n_root, n_block = (f(model) for f in (shape.n_parameters, shape.n_root_parameters, shape.n_block_parameters))
     n_working = min(n_all, n_root + 2 * n_block)  # the root group, the block at work and the one fetched ahead
     n_gathered = n_working if layout.reshard_after_forward else n_all
-    kept = shape.Kept(layout.precision, kind, recipe.data.document_mask)
+    kept = shape.Kept(layout.precision, kind, recipe.data.document_mask, layout.remat)
     # Micro-batches before the last add up their gradients unsharded, in the precision of the reduction.
     gradients_bytes = n_all * shape.BYTES["fp32"] if layout.accumulation > 1 else n_working * size
     state_bytes = _shard(n_all, layout) * shape.BYTES["fp32"] + optimizer_state_bytes(recipe, layout)

@@ -96,12 +96,15 @@ def _predict(recipe: Recipe, machine: Machine, layout: Layout, shape: Shape, not
         notes.append("the matmul rate is unknown, so no time is predicted; measure with: aifactory-train probe")
     elif unknown:
         notes.append(f"the predicted time is a lower bound: no rate is known for {', '.join(unknown)}")
+    is_measured = getattr(machine.measured.matmul_flops_per_s, layout.precision) is not None
+    if total_s is not None and not is_measured:
+        notes.append("the predicted time is at the vendor's peak, a lower bound; measure with: aifactory-train probe")
     tokens_per_s = run_time_s = mfu_frac = None
     if total_s is not None:
         tokens_per_s = recipe.train.global_batch_tokens / total_s
         run_time_s = recipe.n_steps * total_s
         peak = getattr(machine.device.peak_flops_per_s, layout.precision)
-        if peak is not None:
+        if peak is not None and is_measured:
             mfu_frac = tokens_per_s * shape.model_flops_per_token / (peak * n_devices(machine, layout))
     return Prediction(
         memory_bytes=memory_bytes,

@@ -26,6 +26,7 @@ class Kept:
     precision: Literal["fp32", "bf16"]
     device_kind: Literal["cpu", "cuda", "rocm"]
     document_mask: bool
+    remat: Literal["none", "full"] = "none"
 
 
 def n_block_matrix_parameters(model: Model) -> int:
@@ -67,6 +68,14 @@ def model_flops_per_token(model: Model, seq_len_tokens: int) -> float:
     """
     attention = 3 * 2 * seq_len_tokens * model.n_heads * model.head_size * model.n_layers
     return float(6 * n_matmul_parameters(model) + attention)
+
+
+def recomputed_flops_per_token(model: Model, seq_len_tokens: int, remat: str) -> float:
+    """FLOPs that remat adds per token: one more forward of all blocks. Not part of the model's FLOPs."""
+    if remat == "none":
+        return 0.0
+    attention = 2 * seq_len_tokens * model.n_heads * model.head_size * model.n_layers
+    return float(2 * model.n_layers * n_block_matrix_parameters(model) + attention)
 
 
 def build_shape(model: Model, seq_len_tokens: int) -> Shape:
@@ -112,12 +121,19 @@ def block_activation_bytes_per_token(model: Model, seq_len_tokens: int, how: Kep
 def activation_bytes(model: Model, micro_batch_rows: int, seq_len_tokens: int, how: Kept) -> int:
     """Bytes of all kept activations of one micro-batch: the blocks, and around them.
 
+    With remat a block keeps its input, and one block at a time has all of its activations again.
+
     Around the blocks: input and output of the final norm, and the gradient of that output that the
     chunked loss gathers.
     """
     size = BYTES[how.precision]
     around = model.hidden_size * (2 * size + (2 * BYTES["fp32"] if how.device_kind == "cpu" else size))
-    per_token = model.n_layers * block_activation_bytes_per_token(model, seq_len_tokens, how) + around
+    per_block = block_activation_bytes_per_token(model, seq_len_tokens, how)
+    if how.remat == "full":
+        blocks = model.n_layers * model.hidden_size * size + per_block
+    else:
+        blocks = model.n_layers * per_block
+    per_token = blocks + around
     return micro_batch_rows * seq_len_tokens * per_token
 
 

@@ -166,10 +166,11 @@ class Schedule(Strict):
 
 
 class Layout(Strict):
-    """Degrees of the parallel axes and what FSDP keeps gathered."""
+    """Degrees of the parallel axes, what FSDP keeps gathered, and what the backward pass computes once more."""
 
     dp_shard: Count | Auto = "auto"
     reshard_after_forward: bool | Auto = "auto"
+    remat: Literal["none", "full"] | Auto = "auto"
 
 
 class Checkpoint(Strict):

@@ -18,6 +18,8 @@ CASES = {
     "accumulation": {"train__micro_batch_rows": 2},
     "resharded": {"layout__reshard_after_forward": True},
     "compiled": {"train__compile": True},
+    "remat": {"layout__remat": "full"},
+    "remat-compiled": {"layout__remat": "full", "train__compile": True},
 }
 
 
@@ -28,7 +30,7 @@ def one_process(words, tmp_path_factory):
 
     def curve(case: str):
         # How one rank cuts its rows, and when FSDP gathers, must not be seen in the numbers.
-        key = "adamw" if case in ("accumulation", "resharded", "compiled") else case
+        key = "adamw" if case in ("accumulation", "resharded", "compiled", "remat", "remat-compiled") else case
         if key not in curves:
             folder = tmp_path_factory.mktemp(key)
             curves[key] = launched(write_recipe(folder, **words, **CASES[key]), folder / "run", 1)
@@ -49,6 +51,8 @@ def one_process(words, tmp_path_factory):
         ("accumulation", 2),
         ("resharded", 2),
         ("compiled", 2),
+        ("remat", 2),
+        ("remat-compiled", 2),
     ],
 )
 def test_n_ranks_have_the_loss_curve_of_one(words, tmp_path, one_process, case, ranks):

@@ -87,6 +87,20 @@ def test_a_step_brings_nothing_to_the_host(one_rank, optimizer):
     assert all(isinstance(t, torch.Tensor) for t in (stats.loss_sum, stats.n_valid_tokens, stats.grad_norm))
 
 
+def test_remat_computes_the_blocks_again_and_changes_no_bit(one_rank):
+    matmuls, states = [], []
+    for remat in ("none", "full"):
+        plan = small_plan(4)
+        plan = plan.model_copy(update={"layout": plan.layout.model_copy(update={"remat": remat})})
+        engine = engine_after_one_step(plan)
+        with Calls() as calls:
+            stats = engine.train_step(a_batch(), 2)
+        matmuls.append(calls.count("mm"))
+        states.append([stats.loss_sum, stats.grad_norm, *(p.full_tensor() for p in engine.parts.root.parameters())])
+    assert matmuls[1] > matmuls[0]
+    assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
+
+
 def test_accumulation_reduces_gradients_once(four_silent_ranks):
     counts = []
     for micro_batch_rows in (8, 2):

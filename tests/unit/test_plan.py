@@ -135,11 +135,22 @@ def test_parameters_stay_gathered_only_where_they_fit():
 
 
 def test_a_model_that_does_not_fit_is_refused_with_its_terms_and_a_number_of_ranks_that_does():
-    recipe = load_recipe(LLAMA_8B)
+    recipe = load_recipe(LLAMA_8B, ["layout.remat=none"])
     text = refusal(recipe, gpus(80 * GIB))
     assert "activations" in text and "optimizer_state" in text
     ranks = int(text.split("do:    use ")[1].split()[0])
     assert make_plan(recipe, gpus(80 * GIB), n_nodes=ranks // 4).layout.world_size == ranks
+
+
+def test_activations_are_computed_again_only_where_no_row_of_kept_ones_fits():
+    recipe = load_recipe(LLAMA_8B)
+    few, many = (make_plan(recipe, gpus(64 * GIB), n_nodes=n) for n in (16, 128))
+    assert (few.layout.remat, many.layout.remat) == ("full", "none")
+    # One more forward of the blocks: a third of their share of the model's FLOPs.
+    again, matmul = few.predicted.step_time_s["recomputation"], few.predicted.step_time_s["matmul"]
+    assert 0.28 < again / matmul < 1 / 3 and "recomputation" not in many.predicted.step_time_s
+    given = make_plan(load_recipe(LLAMA_8B, ["layout.remat=full"]), gpus(64 * GIB), n_nodes=128)
+    assert given.layout.remat == "full"
 
 
 def test_a_model_that_fits_on_no_number_of_devices_says_so():
@@ -167,6 +178,18 @@ def test_states_shrink_with_the_ranks_and_muon_needs_one_moment_for_the_matrices
 def test_accumulation_holds_the_gradients_of_the_whole_model():
     terms = make_plan(load_recipe(DEMO, ["train.micro_batch_rows=2"]), cpu()).predicted.memory_bytes
     assert terms["unsharded_gradients"] == 4 * 2_361_024
+
+
+def test_without_measured_rates_the_vendors_peak_gives_a_lower_bound_and_no_mfu():
+    machine = gpus(80 * GIB)
+    measured = make_plan(load_recipe(LLAMA_8B), machine, n_nodes=64).predicted
+    peak = ByDtype(bf16=989e12)
+    device = machine.device.model_copy(update={"peak_flops_per_s": peak})
+    plan = make_plan(
+        load_recipe(LLAMA_8B), machine.model_copy(update={"device": device, "measured": Measured()}), n_nodes=64
+    )
+    assert plan.predicted.total_step_time_s < measured.total_step_time_s and plan.predicted.mfu_frac is None
+    assert any("vendor's peak" in note for note in plan.notes)
 
 
 def test_without_a_matmul_rate_no_time_is_predicted_and_a_note_says_what_to_do():
