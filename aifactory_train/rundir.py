@@ -9,11 +9,11 @@ RUN/
   cancelled              exists: the jobs of this run do not submit another
   attempts/001/          one folder per start of the ranks
     command.sh             the command, where mpirun started them here
-    job.json               the batch job: id, nodes, time limit (class Attempt of launch/chain.py)
+    job.json               the batch job: id, nodes, time limit (class Job of launch/attempts.py)
     preflight/             one file per rank
     preflight.json         which nodes are fit, and what is wrong with the others
     log.txt                output of the ranks
-    end.json               how it ended, and what was done about it
+    end.json               how it ended, and what was done about it (class End of launch/attempts.py)
   metrics.jsonl          one JSON object per log line, appended by rank 0
   events.jsonl           starts, resumes, commits, stops, faults
   checkpoints/step-N/    sharded state; exists only when it holds COMMIT
@@ -30,6 +30,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -132,6 +133,18 @@ def hold(folder: Path, busy: AifactoryError) -> Iterator[IO[str]]:
         yield file
 
 
+def is_held(folder: Path) -> bool:
+    """Whether a process on this node holds the folder's lock."""
+    try:
+        with open(folder / ".lock") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no lock file, or a file system without locks
+        return False
+    return False
+
+
 def append_jsonl(path: Path, row: dict[str, Any]) -> None:
     """Append one line; a line that a kill cut short before it is closed off, not continued."""
     line = json.dumps(row, allow_nan=False) + "\n"
@@ -166,6 +179,12 @@ def log_event(run: RunDir, kind: str, **fields: Any) -> None:
 
 def step_folder(checkpoints: Path, step: int) -> Path:
     return checkpoints / f"step-{step:08d}"
+
+
+def committed_steps(checkpoints: Path) -> list[int]:
+    """Steps that have a COMMIT, in rising order."""
+    steps = (re.fullmatch(r"step-(\d+)", p.parent.name) for p in checkpoints.glob(f"step-*/{COMMIT}"))
+    return sorted(int(m.group(1)) for m in steps if m)
 
 
 def is_finished(run: RunDir, n_steps: int) -> bool:

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from aifactory_train.checkpoint.dcp import read_tensors, stored_tensors
-from aifactory_train.checkpoint.manager import check_model, committed_steps, read_commit, verify_files
+from aifactory_train.checkpoint.manager import check_model, read_commit, verify_files
 from aifactory_train.errors import CheckpointError, UserError, storage_errors
 from aifactory_train.models.parts import copy_into, local_slices, local_tensor
 from aifactory_train.plan.plan import Plan
 from aifactory_train.recipe.schema import Model
-from aifactory_train.rundir import RunDir, step_folder, write_atomic
+from aifactory_train.rundir import RunDir, committed_steps, step_folder, write_atomic
 
 # A file of this size is what the process holds at once; the hub's own convention is 5 GB.
 EXPORT_FILE_BYTES = 5_000_000_000

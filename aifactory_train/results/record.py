@@ -209,7 +209,9 @@ def _steady(rows: list[Row]) -> list[Row]:
 
 def _wall_time_s(starts: list[Row], events: list[Row], metrics: list[Row]) -> float:
     """Seconds in which ranks ran: of each attempt, from its start to the last that it wrote."""
-    written = sorted(row["time_s"] for row in (*events, *metrics) if isinstance(row.get("time_s"), int | float))
+    # `attempt` is written before the ranks start, when the queue has let the next job in.
+    lines = [row for row in (*events, *metrics) if row.get("event") != "attempt"]
+    written = sorted(row["time_s"] for row in lines if isinstance(row.get("time_s"), int | float))
     total = 0.0
     begins = [start["time_s"] for start in starts]
     for begin, end in zip(begins, [*begins[1:], math.inf], strict=True):

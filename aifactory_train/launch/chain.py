@@ -1,0 +1,306 @@
+"""One job after the other: what a batch script asks before the ranks start and after they ended.
+
+A run goes on in the next job until it is finished, or until an attempt ended in a way that the next would repeat.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from aifactory_train.errors import (
+    Interrupted,
+    MachineError,
+    PreflightFault,
+    RendezvousError,
+    RunFolderError,
+    TrainingFault,
+    UserError,
+    storage_errors,
+)
+from aifactory_train.hostlist import compress, expand
+from aifactory_train.launch.attempts import Attempt, End, Job, Times, account, read_attempts, write_part
+from aifactory_train.launch.local import check_run_folder, default_run_folder, write_run_folder
+from aifactory_train.launch.squeue import ask_squeue
+from aifactory_train.machine.load import load_machine
+from aifactory_train.plan.plan import Plan, load_plan, make_plan
+from aifactory_train.recipe.load import load_recipe
+from aifactory_train.rundir import RunDir, append_jsonl, committed_steps, is_finished, log_event, read_jsonl
+from aifactory_train.units import format_fraction, format_seconds
+
+SUBMIT_NEXT = 75  # EX_TEMPFAIL of sysexits.h, which no rank ends with
+# Slurm sends SIGTERM when the wall time is over; with more than this left, somebody else ended the job.
+_AT_THE_LIMIT_S = 60.0
+# As faults/guard.py says it. Resumed at the same commit, the same steps lead there again.
+_NOT_FINITE = re.compile(r"(loss|grad_norm) is ")
+
+_MEANING = {
+    0: "the ranks ended before the last step",
+    RendezvousError.exit_code: "the ranks did not find each other in time",
+    TrainingFault.exit_code: "training failed",
+    PreflightFault.exit_code: "a node is not fit to train on",
+    Interrupted.exit_code: "the ranks were told to stop",
+}
+
+
+def begin(
+    recipe: Path,
+    machine: str | Path,
+    n_nodes: int,
+    run: Path | None,
+    job_id: str,
+    node_list: str,
+    end_time_s: float | None,
+) -> Path | None:
+    """Make plan and attempt folder for the job that runs now. Returns the folder, None where this job has no work.
+
+    Args:
+        n_nodes: nodes of the job; the plan is made for them.
+        run: run folder, None for the default one of the recipe.
+        node_list: its hosts, in Slurm's syntax.
+        end_time_s: when Slurm will cut it off, seconds since the epoch.
+
+    Raises:
+        UserError: recipe, machine and run folder do not fit together.
+    """
+    begin_s = round(time.time(), 3)
+    plan = make_plan(load_recipe(recipe), load_machine(machine), n_nodes)
+    folder = RunDir(run or default_run_folder(plan.recipe.name))
+    check_run_folder(plan, folder)
+    no_work = _no_work(folder, plan, job_id)
+    if no_work:
+        print(no_work, file=sys.stderr)
+        return None
+    write_run_folder(plan, folder)
+    note_job(folder, job_id)
+    number = folder.last_attempt() + 1
+    attempt = folder.attempt(number)
+    first_step = _newest_commit(folder)
+    with storage_errors("making the attempt's folder", attempt, "free some space and launch again"):
+        attempt.mkdir(parents=True)
+    write_part(attempt / "job.json", Job(job_id, node_list, n_nodes, begin_s, end_time_s, first_step))
+    log_event(folder, "attempt", number=number, job_id=job_id, nodes=node_list, step=first_step)
+    return attempt
+
+
+def note_job(run: RunDir, job_id: str) -> None:
+    """Note that this job goes on with the run from now on. Raises StorageError."""
+    if job_ids(run)[-1:] == [job_id]:
+        return
+    with storage_errors("noting the job", run.jobs, "free some space and launch again"):
+        append_jsonl(run.jobs, {"time_s": round(time.time(), 3), "job_id": job_id})
+
+
+def job_ids(run: RunDir) -> list[str]:
+    """Jobs of the run in the order in which they took it over; the last one has it."""
+    return [str(row["job_id"]) for row in read_jsonl(run.jobs) if "job_id" in row]
+
+
+def end(attempt: Path, exit_code: int, down_nodes: str, terminated: bool) -> int:
+    """Decide what follows an attempt, write end.json, and tell: on stderr why, on stdout options for the next sbatch.
+
+    Args:
+        exit_code: of the ranks, see errors.py.
+        down_nodes: hosts that Slurm has lost, in its syntax.
+        terminated: whether the batch script itself was told to end.
+
+    Returns:
+        0 the run is finished, 75 submit the next job, anything else: stop.
+    """
+    end_s = round(time.time(), 3)
+    run = RunDir(attempt.absolute().parent.parent)
+    plan, attempts = load_plan(run.plan), read_attempts(run)
+    index = next((i for i, a in enumerate(attempts) if a.folder.name == attempt.name), None)
+    if index is None or (job := attempts[index].job) is None:
+        raise RunFolderError(
+            "no attempt of a batch job: it holds no job.json",
+            where=str(attempt),
+            do="give the folder that was printed by: aifactory-train attempt begin",
+        )
+    this, before = attempts[index], attempts[:index]
+    known_bad = {host for a in before if a.end for host in expand(a.end.excluded)}
+    bad = _bad_nodes(this, job, plan, exit_code, down_nodes)
+    fault = this.newest("fault")
+    outcome = Outcome(
+        exit_code=exit_code,
+        finished=is_finished(run, plan.recipe.n_steps),
+        cancelled=run.cancelled.exists(),
+        terminated=terminated,
+        left_s=None if job.end_time_s is None else job.end_time_s - end_s,
+        first_step=job.first_step,
+        last_step=_newest_commit(run),
+        n_steps=plan.recipe.n_steps,
+        fault=None if fault is None else str(fault.get("message", "")),
+        newly_bad=[host for host in bad if host not in known_bad],
+        log=this.log,
+    )
+    decision = decide(outcome)
+    excluded = compress([*sorted(known_bad), *outcome.newly_bad])
+    times = account(attempts, index, end_s)
+    record = End(
+        exit_code=exit_code,
+        verdict=decision.verdict,
+        reason=decision.reason,
+        last_step=outcome.last_step,
+        excluded=excluded,
+        end_s=end_s,
+        in_job_s=round(times.in_job_s, 3),
+        training_s=round(times.training_s, 3),
+        startup_s=round(times.startup_s, 3),
+        unused_s=round(times.unused_s, 3),
+        redone_steps=times.redone_steps,
+    )
+    write_part(attempt / "end.json", record)
+    earlier = [account(attempts, i, a.last_seen_s) for i, a in enumerate(before)]
+    print(f"{render_times(run, this.number, times, earlier)}\n{decision.verdict}: {decision.reason}", file=sys.stderr)
+    if decision.verdict == "next" and excluded:
+        print(f"--exclude={excluded}")
+    return decision.code
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """All that the decision after an attempt rests on.
+
+    left_s: wall time that was left when the ranks ended, None where the limit is not known.
+    first_step, last_step: newest commit when it began and when it ended.
+    fault: what the ranks said of the error that ended them.
+    newly_bad: nodes that this attempt found unfit or lost, and none before it.
+    """
+
+    exit_code: int
+    finished: bool
+    cancelled: bool
+    terminated: bool
+    left_s: float | None
+    first_step: int
+    last_step: int
+    n_steps: int
+    fault: str | None
+    newly_bad: list[str]
+    log: Path
+
+
+@dataclass(frozen=True)
+class Decision:
+    """`code` is what the batch script gets; `reason` is a sentence, with what to do where it is `stop`."""
+
+    verdict: Literal["done", "next", "stop"]
+    reason: str
+    code: int
+
+
+def decide(outcome: Outcome) -> Decision:
+    """Done, the next job, or stop."""
+    o = outcome
+    if o.exit_code == 0 and o.finished:
+        return Decision("done", f"all {o.n_steps} steps are trained and saved", 0)
+    if o.cancelled:
+        return Decision("stop", f"the run was cancelled; {_kept(o)}; to go on, launch it again", Interrupted.exit_code)
+    if o.fault and _NOT_FINITE.match(o.fault):
+        reason = f"{o.fault}; {_kept(o)}; take a lower optim.lr in a new run folder, or launch again to try once more"
+        return Decision("stop", reason, _stop_code(o))
+    if o.exit_code == UserError.exit_code:
+        said = f": {o.fault}" if o.fault else ""
+        return Decision("stop", f"something must be mended first{said}; see {o.log}, then launch again", _stop_code(o))
+    if o.terminated and (o.left_s is None or o.left_s > _AT_THE_LIMIT_S):
+        early = "" if o.left_s is None else f" {format_seconds(o.left_s)} before its time was up"
+        reason = f"the job was told to end{early}, by scancel or by Slurm itself; {_kept(o)}; to go on, launch it again"
+        return Decision("stop", reason, Interrupted.exit_code)
+    if o.last_step > o.first_step:
+        left_out = f", without {compress(o.newly_bad)}" if o.newly_bad else ""
+        return Decision("next", f"{_ended(o)}; {_kept(o)}; the next job goes on from there{left_out}", SUBMIT_NEXT)
+    if o.newly_bad:
+        reason = f"{_ended(o)}; the next job does without {compress(o.newly_bad)}"
+        return Decision("next", reason, SUBMIT_NEXT)
+    if o.exit_code == Interrupted.exit_code:
+        do = f"give the job more wall time (--time), or see in {o.log} what it waited for, and launch again"
+    else:
+        do = f"the next job would end alike; see {o.log}, mend what it names, and launch again"
+    return Decision("stop", f"no progress: {_ended(o)}, and nothing was saved; {_kept(o)}; {do}", _stop_code(o))
+
+
+def _ended(o: Outcome) -> str:
+    if o.exit_code in _MEANING:
+        meaning = _MEANING[o.exit_code]
+    elif o.exit_code - 128 in {int(number) for number in signal.Signals}:
+        meaning = f"the ranks were ended by {signal.Signals(o.exit_code - 128).name}"
+    else:
+        meaning = "the ranks failed"
+    return f"{meaning} (exit code {o.exit_code}{f': {o.fault}' if o.fault else ''})"
+
+
+def _kept(o: Outcome) -> str:
+    return f"step {o.last_step} of {o.n_steps} is saved" if o.last_step else "there is no checkpoint yet"
+
+
+def _stop_code(o: Outcome) -> int:
+    """The ranks' own exit code, unless the batch script would take it for another answer."""
+    return o.exit_code if 0 < o.exit_code < 256 and o.exit_code != SUBMIT_NEXT else 1
+
+
+def render_times(run: RunDir, number: int, times: Times, earlier: list[Times]) -> str:
+    """Where the time of an attempt went, and the share that all of them wasted."""
+    parts = [f"{format_seconds(times.in_job_s)} in the job, {format_seconds(times.training_s)} of it training"]
+    parts.append(f"start-up {format_seconds(times.startup_s)}")
+    if times.unused_s:
+        parts.append(f"{format_seconds(times.unused_s)} unused at the end")
+    if times.redone_steps:
+        parts.append(f"{times.redone_steps} step{'s' * (times.redone_steps > 1)} had to be redone")
+    everything = [*earlier, times]
+    wasted_s, slot_s = sum(t.wasted_s for t in everything), sum(t.slot_s for t in everything)
+    share = f" ({format_fraction(wasted_s / slot_s)})" if slot_s else ""
+    return (
+        f"attempt {number} of {run.root}: {', '.join(parts)}\n"
+        f"wasted so far, in {len(everything)} attempt{'s' * (len(everything) > 1)}: "
+        f"{format_seconds(wasted_s)} of {format_seconds(slot_s)}{share}"
+    )
+
+
+def _no_work(run: RunDir, plan: Plan, job_id: str) -> str:
+    """Why this job shall not train, "" where it shall."""
+    if is_finished(run, plan.recipe.n_steps):
+        return f"{run.root} is finished at step {plan.recipe.n_steps}; nothing to train"
+    if run.cancelled.exists():
+        return f"{run.root} was cancelled; to go on, launch it again, or: rm {run.cancelled}"
+    jobs = job_ids(run)
+    if job_id in jobs and jobs[-1] != job_id:
+        return f"job {jobs[-1]} has taken over {run.root}; job {job_id} leaves it alone"
+    other = _training_now(run, job_id)
+    if other is not None:
+        note_job(run, other)  # should Slurm start that one again, it must not step back for us
+        return f"job {other} is training {run.root} right now; job {job_id} leaves it alone"
+    return ""
+
+
+def _training_now(run: RunDir, job_id: str) -> str | None:
+    """Another job that has an attempt under way: two would write the same checkpoints."""
+    last = read_attempts(run)[-1:]
+    if not last or last[0].job is None or last[0].end is not None or last[0].job.job_id == job_id:
+        return None
+    other = last[0].job.job_id
+    try:
+        return other if any(job.on_nodes for job in ask_squeue([other])) else None
+    except MachineError:  # inside a container there is no squeue
+        return None
+
+
+def _bad_nodes(attempt: Attempt, job: Job, plan: Plan, exit_code: int, down_nodes: str) -> list[str]:
+    """Hosts of the job that Slurm has lost, or that failed the preflight."""
+    hosts = expand(job.node_list)
+    bad = [host for host in dict.fromkeys(expand(down_nodes)) if host in hosts]
+    if exit_code == PreflightFault.exit_code:
+        from aifactory_train.launch.fitness import judge
+
+        failing = judge(attempt.folder, hosts, plan.layout.world_size // plan.layout.n_nodes).failing
+        bad += [host for host in failing if host not in bad]
+    return bad
+
+
+def _newest_commit(run: RunDir) -> int:
+    return max(committed_steps(run.checkpoints), default=0)
