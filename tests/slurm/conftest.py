@@ -1,0 +1,31 @@
+"""The cluster that all tests here share. Where Slurm is not installed they skip and say so; in CI they fail."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from slurm.cluster import Cluster, Munge, missing_programs
+
+
+@pytest.fixture(scope="session")
+def munge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Munge]:
+    missing = missing_programs()
+    if missing:
+        reason = f"no {', '.join(missing)}: apt-get install slurm-wlm munge"
+        if os.environ.get("CI") or os.geteuid() == 0:
+            pytest.fail(reason)
+        pytest.skip(reason)
+    daemon = Munge(tmp_path_factory.mktemp("munge"))
+    yield daemon
+    daemon.stop()
+
+
+@pytest.fixture(scope="session")
+def cluster(munge: Munge, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Three nodes; runs take two of them."""
+    slurm = Cluster(tmp_path_factory.mktemp("slurm"), munge, 3)
+    yield slurm
+    slurm.stop()
