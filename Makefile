@@ -23,12 +23,13 @@ PIP_LINES := sed -u -n -E -e 's/^ *(Downloading|Using cached) ([^ ]+) (\(.*\)).*
 PIP_INSTALL = $(BIN)/pip install --disable-pip-version-check --no-input --progress-bar off -c $(VENV)/constraints.txt
 title = @printf '\n== %s\n' '$(1)'
 
-.PHONY: help demo test check bench-peers clean
+.PHONY: help demo test check launchers bench-peers clean
 help:
 	@echo 'make demo         from text to a trained, exported, sampled language model (2 CPU ranks, or the GPU)'
 	@echo 'make test         all tests that need no GPU'
 	@echo 'make check        format, types, house rules, fast tests: under a minute'
 	@echo 'make bench-peers  our tokens/s beside those of transformers.Trainer, measured in turns'
+	@echo 'make launchers    render launchers/*.sbatch anew from configs/machines/'
 	@echo 'make clean        remove .venv, builds and caches; runs/ and prepared/ stay'
 
 demo: $(VENV)/.installed $(MACHINE)
@@ -55,6 +56,9 @@ check: $(VENV)/.installed-test
 	@$(BIN)/ruff format --check --quiet . || { echo 'do: $(BIN)/ruff format .'; exit 1; }
 	@$(BIN)/mypy
 	@$(BIN)/pytest -q tests/test_house.py tests/test_promises.py tests/unit $(wildcard tests/golden)
+
+launchers: $(VENV)/.installed
+	@$(BIN)/python launchers/render.py
 
 bench-peers: $(VENV)/.installed-test
 	$(call title,prepare: the text of the yardstick)

@@ -57,7 +57,7 @@ def render_job(machine: Machine) -> str:
         # A rank that finds its node unfit must not end those that are still looking.
         keep_going=" --kill-on-bad-exit=0" if by_srun else "",
         end_together=" --kill-on-bad-exit=1" if by_srun else "",
-        ranks_python='"${aifactory_train_in_ranks[@]}"' if pyxis else '"${aifactory_train[@]}"',
+        ranks_python='"${in_ranks[@]}"' if pyxis else '"${aifactory_train[@]}"',
     )
 
 
