@@ -48,7 +48,7 @@ $(MACHINE): | $(VENV)/.installed
 	$(call title,probe: what this machine can do)
 	@$(RUN) probe --out $@
 
-test: $(VENV)/.installed-test
+test: $(VENV)/.installed-test $(VENV)/.installed-system
 	@$(BIN)/pytest
 
 check: $(VENV)/.installed-test
@@ -85,15 +85,23 @@ $(VENV)/.installed: setup.py constraints.txt | $(VENV)/bin/python
 $(VENV)/.installed-test: setup.py constraints.txt | $(VENV)/.installed
 	@echo '== install what the tests need (once)'
 	@$(PIP_INSTALL) -e '.[test]' | $(PIP_LINES)
-	@if command -v chromium chromium-browser google-chrome >/dev/null; then :; \
-	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-	  echo '  chromium, for the test that opens the report'; \
-	  apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends chromium \
-	    > $(VENV)/apt.log || echo '  no chromium: apt-get failed (see $(VENV)/apt.log); the browser test will skip and say so'; \
-	else \
-	  echo '  no chromium and no right to install it: the browser test will skip and say so'; \
-	  echo '  do:    apt-get install chromium   (as root), or go on without'; \
-	fi
+	@touch $@
+
+# Programs that tests use and pip does not have. Where one is missing, its tests say so.
+$(VENV)/.installed-system: | $(VENV)/bin/python
+	@PATH=$$PATH:/usr/sbin; has() { command -v "$$@" > /dev/null; }; \
+	need() { \
+	  if [ "$$(id -u)" = 0 ] && has apt-get; then \
+	    echo "  $$1, for the test$$2"; \
+	    { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends $$1; } \
+	      >> $(VENV)/apt.log 2>&1 || echo "  no $$1: apt-get failed (see $(VENV)/apt.log)"; \
+	  else \
+	    echo "  no $$1 and no right to install it, for the test$$2"; \
+	    echo "  do:    apt-get install $$1   (as root), or go on without"; \
+	  fi; \
+	}; \
+	has chromium chromium-browser google-chrome || need chromium ' that opens the report'; \
+	{ has slurmctld && has slurmd && has srun && has munged; } || need 'slurm-wlm munge' 's that run jobs on a real Slurm'
 	@touch $@
 
 clean:

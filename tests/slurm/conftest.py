@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 
 import pytest
@@ -15,7 +16,8 @@ def munge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Munge]:
     missing = missing_programs()
     if missing:
         reason = f"no {', '.join(missing)}: apt-get install slurm-wlm munge"
-        if os.environ.get("CI") or os.geteuid() == 0:
+        could_be_there = os.geteuid() == 0 and shutil.which("apt-get")
+        if os.environ.get("CI") or could_be_there:
             pytest.fail(reason)
         pytest.skip(reason)
     daemon = Munge(tmp_path_factory.mktemp("munge"))
