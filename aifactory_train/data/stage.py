@@ -10,6 +10,7 @@ TO/
 
 from __future__ import annotations
 
+import filecmp
 import json
 import os
 import re
@@ -176,22 +177,18 @@ def _stage_folder(name: str, folder: Path, patterns: list[str], key: str) -> Pat
 
 
 def _copy(files: dict[Path, Path], what: str) -> None:
-    """Copy what is not there yet with the same size and time; a file appears only when it is whole."""
+    """Copy what is not there yet with the same bytes; a file appears only when it is whole."""
     total = sum(p.stat().st_size for p in files)
     with Progress(what, total, "B") as progress:
         done = 0
         for source, target in files.items():
-            stat = source.stat()
-            same = target.is_file() and (target.stat().st_size, target.stat().st_mtime_ns) == (
-                stat.st_size,
-                stat.st_mtime_ns,
-            )
+            same = target.is_file() and filecmp.cmp(source, target, shallow=False)
             if not same:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 part = target.with_name(f".{target.name}.part")
                 shutil.copy2(source, part)
                 part.replace(target)
-            done += stat.st_size
+            done += source.stat().st_size
             progress.update_to(done)
 
 
