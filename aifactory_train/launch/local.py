@@ -19,9 +19,8 @@ from aifactory_train.launch.env import local_environment, local_variables
 from aifactory_train.launch.mpi import mpirun_command
 from aifactory_train.machine.load import write_machine
 from aifactory_train.plan.plan import Plan
-from aifactory_train.recipe.load import dump_recipe
+from aifactory_train.recipe.load import dump_recipe, load_recipe
 from aifactory_train.rundir import STOP_SIGNAL, RunDir, hold, is_finished, write_atomic
-from aifactory_train.strictyaml import read_yaml
 
 _CHUNK_BYTES = 1 << 16
 # mpirun's own notice that a rank has failed stands between two such lines, below the rank's message.
@@ -87,7 +86,8 @@ def check_run_folder(plan: Plan, run: RunDir) -> None:
                 "the folder holds files but no run", where=str(run.root), do="give an empty or new folder: --run RUN"
             )
         return
-    before = read_yaml(run.recipe, {}, RunFolderError)
+    # Read as a recipe: what it does not name had its default.
+    before = load_recipe(run.recipe).model_dump(mode="json")
     now = plan.recipe.model_dump(mode="json")
     changed = sorted(_differences(before, now, ""))
     if changed:

@@ -24,16 +24,19 @@ _SBATCH_SECONDS = 120
 
 
 def launch_job(plan: Plan, run: RunDir, options: JobOptions, recipe_path: Path) -> str:
-    """Check, render, write the run folder, submit. Returns what to tell the user; a dry run only tells."""
-    script = render_job(plan.machine)
+    """Check, render, write the run folder, submit. Returns what to tell the user.
+
+    A dry run prints script and command before it checks, and writes and submits nothing.
+    """
+    script, command = render_job(plan.machine), sbatch_command(plan, run, options)
+    if options.dry_run:
+        print(script)
     check_job(plan, options, recipe_path)
     check_run_folder(plan, run)
     if is_finished(run, plan.recipe.n_steps):
         return f"{run.root} is finished at step {plan.recipe.n_steps}; nothing to train"
-    command = sbatch_command(plan, run, options)
     if options.dry_run:
-        shown = "\n".join(f"#   {word}" for word in ["submitted by:", shlex.join(command), *_cost(plan, options)])
-        return f"{script.rstrip()}\n\n{shown}"
+        return "\n".join(f"# {line}" for line in ["would be submitted by:", shlex.join(command), *_cost(plan, options)])
     live = live_jobs(run)
     if live:
         raise RunFolderError(
