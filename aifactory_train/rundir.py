@@ -43,6 +43,9 @@ from aifactory_train.errors import AifactoryError, RunFolderError, storage_error
 # The one signal that asks a run to save and stop. mpirun and Slurm forward it; NCCL and Lightning use USR1.
 STOP_SIGNAL = signal.SIGUSR2
 
+# Nobody sends it: the name that a stop event carries where the job's time was used up.
+OUT_OF_TIME = signal.SIGXCPU
+
 # What makes a checkpoint folder a checkpoint.
 COMMIT = "COMMIT"
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import signal
 import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from aifactory_train.errors import RunFolderError, storage_errors
-from aifactory_train.rundir import RunDir, read_jsonl, write_atomic
+from aifactory_train.rundir import OUT_OF_TIME, RunDir, read_jsonl, write_atomic
 
 Row = dict[str, Any]
 
@@ -145,9 +144,9 @@ def account(attempts: list[Attempt], index: int, end_s: float) -> Times:
 
 
 def stopped_at_the_deadline(attempt: Attempt) -> bool:
-    """Whether it stopped by itself before its time was up, and not because of a signal."""
+    """Whether it stopped because its time was nearly up, and not because somebody asked."""
     stop = attempt.newest("stop")
-    return stop is not None and stop.get("signal") not in signal.Signals.__members__
+    return stop is not None and stop.get("signal") == OUT_OF_TIME.name
 
 
 def _unused_s(attempt: Attempt, end_s: float) -> float:

@@ -91,9 +91,9 @@ def _nothing_to_cancel(run: RunDir) -> str:
     if not is_held(run.root):
         return f"no job of {run.root} waits or runs; nothing to cancel"
     launcher = _launcher(run.root / ".lock")
-    kill = "" if launcher is None else f", or here: kill -{STOP_SIGNAL.name.removeprefix('SIG')} {launcher}"
+    kill = "" if launcher is None else f", or type: kill -{STOP_SIGNAL.name.removeprefix('SIG')} {launcher}"
     return (
-        f"{run.root} is being trained on this node, by mpirun and without a batch job\n"
+        f"{run.root} is being trained, and not by a batch job of Slurm: nothing was cancelled\n"
         f"  do:    press Ctrl-C where it was launched{kill}; it saves and ends"
     )
 
@@ -125,7 +125,7 @@ def _state(run: RunDir, plan: Plan, attempts: list[Attempt], jobs: list[QueuedJo
     if jobs:
         return "queued"
     if is_held(run.root):
-        return "running, on this node"
+        return "running"
     if run.cancelled.exists():
         return "cancelled; to go on, launch it again"
     if jobs is None:
@@ -158,7 +158,7 @@ def _reason(attempt: Attempt) -> str:
     if attempt.newest("finish") is not None:
         return "finished"
     if stop is not None:
-        return f"by {stop.get('signal') or 'itself'} after step {stop.get('step')}; launch again to go on"
+        return f"after step {stop.get('step')} by {stop.get('signal')}; launch again to go on"
     if fault is not None:
         return str(fault.get("message"))
     return f"it went without a word; see {attempt.log}, and launch again to go on"

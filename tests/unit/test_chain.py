@@ -1,0 +1,366 @@
+"""What a batch script is told before the ranks start and after they ended."""
+
+import json
+import sys
+import types
+
+import pytest
+
+from aifactory_train.errors import MachineError, RunFolderError
+from aifactory_train.launch import chain, squeue
+from aifactory_train.launch.attempts import account, read_attempts
+from aifactory_train.launch.chain import Outcome, decide, job_ids, note_job
+from aifactory_train.plan.plan import load_plan
+from aifactory_train.rundir import COMMIT, RunDir, append_jsonl, committed_steps, step_folder, write_atomic
+from aifactory_train.strictyaml import configs_dir
+
+DEMO = configs_dir() / "recipes" / "demo.yaml"
+MACHINE = """
+name: lab
+device: {kind: cuda, name: GPU, per_node: 2, memory_bytes: 68719476736, native_bf16: true}
+host: {cores: 16}
+slurm: {partitions: [{name: batch}]}
+"""
+
+
+@pytest.fixture
+def machine(tmp_path):
+    path = tmp_path / "lab.yaml"
+    path.write_text(MACHINE)
+    return path
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The time of day for chain and events; moved by hand."""
+    now = types.SimpleNamespace(s=1_790_000_000.0)
+    monkeypatch.setattr("time.time", lambda: now.s)
+    return now
+
+
+@pytest.fixture(autouse=True)
+def no_slurm(monkeypatch):
+    """squeue knows of no job, unless a test says otherwise."""
+    told = {}
+
+    def run_command(command):
+        return types.SimpleNamespace(returncode=0, stdout=told.get(command[0], ""), stderr="")
+
+    monkeypatch.setattr(squeue, "run_command", run_command)
+    return told
+
+
+def begin(run, machine, job_id="101", nodes="n[1-2]", end_time_s=None, recipe=DEMO):
+    return chain.begin(recipe, machine, 2, run, job_id, nodes, end_time_s)
+
+
+def commit(run, step):
+    write_atomic(step_folder(RunDir(run).checkpoints, step) / COMMIT, "{}")
+
+
+def row(run, step, clock, stall_s=0.0, step_time_s=2.0):
+    line = {"step": step, "time_s": clock.s, "attempt": 1, "loss": 3.0, "step_time_s": step_time_s}
+    append_jsonl(RunDir(run).metrics, {**line, "save_stall_s": stall_s})
+
+
+def event(run, kind, clock, **fields):
+    append_jsonl(RunDir(run).events, {"time_s": clock.s, "event": kind, **fields})
+
+
+def outcome(**changes):
+    usual = {
+        "exit_code": 143, "finished": False, "cancelled": False, "terminated": False, "left_s": 3000.0,
+        "first_step": 100, "last_step": 100, "n_steps": 300, "fault": None, "newly_bad": [],
+        "log": "attempts/002/log.txt",
+    }  # fmt: skip
+    return Outcome(**{**usual, **changes})
+
+
+def decided(**changes):
+    decision = decide(outcome(**changes))
+    return decision.verdict, decision.code
+
+
+FAILURES = (1, 3, 4, 5, 134, 137, 139, 255)
+
+
+def test_a_finished_run_is_done_whatever_else_happened():
+    assert decided(exit_code=0, finished=True, last_step=300) == ("done", 0)
+    assert decided(exit_code=0, finished=True, cancelled=True, terminated=True) == ("done", 0)
+
+
+@pytest.mark.parametrize("code", (0, 143, *FAILURES))
+def test_progress_goes_on_in_the_next_job_however_the_ranks_ended(code):
+    assert decided(exit_code=code, last_step=120) == ("next", 75)
+
+
+@pytest.mark.parametrize("code", (143, *FAILURES))
+def test_no_progress_stops_with_the_ranks_own_code_and_what_to_look_at(code):
+    decision = decide(outcome(exit_code=code))
+    assert (decision.verdict, decision.code) == ("stop", code)
+    assert decision.reason.startswith("no progress: ") and "attempts/002/log.txt" in decision.reason
+    assert "launch again" in decision.reason and "step 100 of 300 is saved" in decision.reason
+
+
+def test_ranks_that_ended_well_and_early_without_progress_do_not_pass_for_success():
+    assert decided(exit_code=0) == ("stop", 1)
+    assert decided(exit_code=75) == ("stop", 1), "the batch script would submit the next job"
+    assert decided(exit_code=0, finished=False, first_step=0, last_step=0) == ("stop", 1)
+
+
+@pytest.mark.parametrize("code", FAILURES)
+def test_a_node_newly_found_bad_is_worth_another_try(code):
+    decision = decide(outcome(exit_code=code, newly_bad=["n3", "n4"]))
+    assert (decision.verdict, decision.code) == ("next", 75) and "without n[3-4]" in decision.reason
+
+
+def test_both_progress_and_a_bad_node_are_told():
+    reason = decide(outcome(exit_code=137, last_step=120, newly_bad=["n3"])).reason
+    assert "SIGKILL" in reason and "step 120 of 300 is saved" in reason and "without n3" in reason
+
+
+@pytest.mark.parametrize("changes", [{}, {"last_step": 200}, {"newly_bad": ["n1"]}, {"terminated": True}])
+def test_a_mistake_of_the_user_stops(changes):
+    assert decided(exit_code=2, **changes) == ("stop", 2)
+
+
+@pytest.mark.parametrize("fault", ["loss is nan at step 150", "grad_norm is inf at step 150"])
+@pytest.mark.parametrize("changes", [{}, {"last_step": 200}, {"newly_bad": ["n1"]}, {"exit_code": 137}])
+def test_a_loss_that_is_no_number_stops_although_there_was_progress(fault, changes):
+    decision = decide(outcome(**{"exit_code": 4, "fault": fault, **changes}))
+    assert decision.verdict == "stop" and decision.code in (4, 137)
+    assert fault in decision.reason and "optim.lr" in decision.reason
+
+
+def test_another_fault_with_progress_goes_on_and_its_words_are_kept():
+    decision = decide(outcome(exit_code=4, last_step=120, fault="another rank went away: the loss is gone"))
+    assert decision.verdict == "next" and "another rank went away" in decision.reason
+
+
+@pytest.mark.parametrize("code", (0, 143, *FAILURES))
+def test_a_cancelled_run_stops_with_143(code):
+    decision = decide(outcome(exit_code=code, cancelled=True, last_step=120, newly_bad=["n1"]))
+    assert (decision.verdict, decision.code) == ("stop", 143) and "cancelled" in decision.reason
+
+
+@pytest.mark.parametrize(("left_s", "verdict"), [(None, "stop"), (61.0, "stop"), (60.0, "next"), (-5.0, "next")])
+def test_a_job_that_is_ended_long_before_its_limit_was_ended_by_somebody(left_s, verdict):
+    decision = decide(outcome(terminated=True, left_s=left_s, last_step=120))
+    assert decision.verdict == verdict and decision.code == (143 if verdict == "stop" else 75)
+
+
+def test_begin_writes_the_folder_that_the_ranks_and_the_end_need(tmp_path, machine, clock):
+    run = tmp_path / "run"
+    attempt = begin(run, machine, end_time_s=clock.s + 3600)
+    assert attempt == run / "attempts" / "001"
+    assert json.loads((attempt / "job.json").read_text()) == {
+        "job_id": "101", "node_list": "n[1-2]", "n_nodes": 2, "begin_s": clock.s, "end_time_s": clock.s + 3600,
+        "first_step": 0,
+    }  # fmt: skip
+    assert all((run / name).exists() for name in ("recipe.yaml", "machine.yaml", "plan.json"))
+    assert json.loads((run / "plan.json").read_text())["layout"]["world_size"] == 4
+    assert job_ids(RunDir(run)) == ["101"]
+    assert '"event": "attempt"' in RunDir(run).events.read_text()
+
+
+def test_a_requeued_job_gets_another_folder_and_resumes_at_the_newest_commit(tmp_path, machine, clock):
+    begin(tmp_path / "run", machine)
+    commit(tmp_path / "run", 20)
+    commit(tmp_path / "run", 100)
+    (step_folder(RunDir(tmp_path / "run").checkpoints, 120)).mkdir()  # no COMMIT: it does not exist
+    clock.s += 60
+    attempt = begin(tmp_path / "run", machine, nodes="n[3-4]")
+    assert attempt.name == "002" and json.loads((attempt / "job.json").read_text())["first_step"] == 100
+    assert job_ids(RunDir(tmp_path / "run")) == ["101"]
+
+
+def test_a_job_that_another_has_taken_over_does_nothing(tmp_path, machine, capsys):
+    begin(tmp_path / "run", machine, "101")
+    note_job(RunDir(tmp_path / "run"), "102")
+    assert begin(tmp_path / "run", machine, "101") is None
+    assert "job 102 has taken over" in capsys.readouterr().err
+    assert begin(tmp_path / "run", machine, "102").name == "002"
+
+
+def test_a_second_job_leaves_a_run_alone_that_another_is_training(tmp_path, machine, no_slurm, capsys):
+    begin(tmp_path / "run", machine, "101")
+    no_slurm["squeue"] = "101|RUNNING|None|4:58|2|2026-11-23T07:20:50|n[1-2]\n"
+    assert begin(tmp_path / "run", machine, "102") is None
+    assert "job 101 is training" in capsys.readouterr().err
+    assert begin(tmp_path / "run", machine, "101").name == "002", "Slurm has started it again: the run is its own"
+    no_slurm["squeue"] = "101|COMPLETING|None|0:00|2|2026-11-23T07:20:50|n[1-2]\n"
+    assert begin(tmp_path / "run", machine, "103").name == "003", "a job that is ending trains no more"
+
+
+def test_where_slurm_cannot_be_asked_the_job_begins(tmp_path, machine, monkeypatch):
+    def gone(command):
+        raise MachineError("squeue is not on this node's PATH")
+
+    begin(tmp_path / "run", machine, "101")
+    monkeypatch.setattr(squeue, "run_command", gone)
+    assert begin(tmp_path / "run", machine, "102") is not None
+
+
+def test_a_cancelled_run_does_not_begin_again(tmp_path, machine, capsys):
+    begin(tmp_path / "run", machine)
+    RunDir(tmp_path / "run").cancelled.touch()
+    assert begin(tmp_path / "run", machine, "102") is None
+    assert f"rm {tmp_path}/run/cancelled" in capsys.readouterr().err
+
+
+def test_a_finished_run_does_not_begin_again(tmp_path, machine, clock, capsys):
+    attempt = begin(tmp_path / "run", machine)
+    n_steps = finish(tmp_path / "run", clock)
+    assert begin(tmp_path / "run", machine, "102") is None
+    assert f"finished at step {n_steps}" in capsys.readouterr().err
+    assert chain.end(attempt, 0, "", False) == 0
+
+
+def test_another_recipe_in_the_same_folder_is_refused(tmp_path, machine):
+    begin(tmp_path / "run", machine)
+    other = tmp_path / "other.yaml"
+    other.write_text(f"extends: {DEMO}\noptim: {{lr: 0.5}}\n")
+    with pytest.raises(RunFolderError, match=r"optim\.lr"):
+        begin(tmp_path / "run", machine, recipe=other)
+
+
+def finish(run, clock):
+    n_steps = load_plan(RunDir(run).plan).recipe.n_steps
+    event(run, "finish", clock, step=n_steps)
+    commit(run, n_steps)
+    return n_steps
+
+
+def ended(attempt):
+    return json.loads((attempt / "end.json").read_text())
+
+
+def test_an_attempt_stopped_by_its_deadline_says_where_its_time_went(tmp_path, machine, clock, capsys):
+    run, t0_s = tmp_path / "run", clock.s
+    attempt = begin(run, machine, end_time_s=t0_s + 140)
+    clock.s = t0_s + 12
+    event(run, "start", clock, attempt=1, step=0)
+    clock.s = t0_s + 62
+    row(run, 25, clock)
+    clock.s = t0_s + 125
+    row(run, 55, clock, stall_s=3.0)
+    commit(run, 55)
+    event(run, "stop", clock, step=55, signal="SIGXCPU")
+    clock.s = t0_s + 132
+    assert chain.end(attempt, 143, "", False) == 75
+    record = ended(attempt)
+    assert record["verdict"] == "next" and record["last_step"] == 55 and record["excluded"] == ""
+    times = [record[k] for k in ("in_job_s", "startup_s", "training_s", "unused_s", "redone_steps")]
+    assert times == [132, 12, 110, 8, 0]
+    out, err = capsys.readouterr()
+    assert out == "" and "2 min 12 s in the job, 110 s of it training, start-up 12 s, 8 s unused at the end" in err
+    assert "wasted so far, in 1 attempt: 30 s of 2 min 20 s (21.4 %)" in err and "next: " in err
+
+
+def test_a_stop_by_a_signal_leaves_no_time_unused(tmp_path, machine, clock):
+    attempt = begin(tmp_path / "run", machine, end_time_s=clock.s + 3600)
+    clock.s += 20
+    event(tmp_path / "run", "stop", clock, step=5, signal="SIGUSR2")
+    commit(tmp_path / "run", 5)
+    assert chain.end(attempt, 143, "", False) == 75 and ended(attempt)["unused_s"] == 0
+
+
+def test_steps_beyond_the_commit_are_redone_by_the_next_attempt_that_trains(tmp_path, machine, clock, capsys):
+    run = tmp_path / "run"
+    first = begin(run, machine)
+    event(run, "start", clock, attempt=1, step=0)
+    commit(run, 100)
+    clock.s += 60
+    row(run, 130, clock, step_time_s=0.5)
+    assert chain.end(first, 137, "", False) == 75
+    clock.s += 1000
+    second = begin(run, machine, "102")
+    clock.s += 10
+    assert chain.end(second, 3, "n1", False) == 75 and ended(second)["redone_steps"] == 0, "it trained nothing"
+    assert ended(second)["startup_s"] == 10
+    clock.s += 1000
+    third = begin(run, machine, "103")
+    event(run, "start", clock, attempt=2, step=100)
+    clock.s += 60
+    row(run, 150, clock)
+    commit(run, 150)
+    capsys.readouterr()
+    assert chain.end(third, 143, "", False) == 75 and ended(third)["redone_steps"] == 30
+    err = capsys.readouterr().err
+    assert "30 steps had to be redone" in err
+    # 10 s of the second attempt and 30 steps of 0.5 s, of 60 + 10 + 60 s in jobs; the queue does not count.
+    assert "in 3 attempts: 25 s of 2 min 10 s (19.2 %)" in err
+
+
+def test_lost_nodes_are_left_out_of_the_next_jobs_for_good(tmp_path, machine, clock, capsys):
+    run = tmp_path / "run"
+    first = begin(run, machine, nodes="n[1-4]")
+    assert chain.end(first, 137, "n2,n2,x9", False) == 75
+    assert capsys.readouterr().out == "--exclude=n2\n", "x9 is not of this job"
+    clock.s += 100
+    second = begin(run, machine, "102", nodes="n[1,3-5]")
+    commit(run, 40)
+    assert chain.end(second, 1, "n3", False) == 75
+    assert capsys.readouterr().out == "--exclude=n[2-3]\n" and ended(second)["excluded"] == "n[2-3]"
+    clock.s += 100
+    third = begin(run, machine, "103", nodes="n[1-5]")
+    assert chain.end(third, 1, "n3", False) == 1, "n3 is no news, and nothing was saved"
+    assert capsys.readouterr().out == "" and ended(third)["verdict"] == "stop"
+
+
+def test_nodes_that_failed_the_preflight_are_left_out(tmp_path, machine, monkeypatch, capsys):
+    asked = []
+
+    def judge(attempt, hosts, ranks_per_node):
+        asked.append((attempt.name, hosts, ranks_per_node))
+        return types.SimpleNamespace(failing={"n2": ["1 GPU of 2"]})
+
+    monkeypatch.setitem(sys.modules, "aifactory_train.launch.fitness", types.SimpleNamespace(judge=judge))
+    attempt = begin(tmp_path / "run", machine)
+    assert chain.end(attempt, 1, "", False) == 1 and not asked
+    assert chain.end(attempt, 5, "n1", False) == 75 and asked == [("001", ["n1", "n2"], 2)]
+    assert capsys.readouterr().out == "--exclude=n[1-2]\n"
+
+
+def test_only_a_fault_of_this_attempt_counts(tmp_path, machine, clock):
+    run = tmp_path / "run"
+    begin(run, machine)
+    event(run, "fault", clock, message="loss is nan at step 3; nothing of this state was saved")
+    clock.s += 10
+    second = begin(run, machine)
+    commit(run, 20)
+    assert chain.end(second, 1, "", False) == 75
+    event(run, "fault", clock, message="loss is nan at step 30; nothing of this state was saved")
+    assert chain.end(second, 4, "", False) == 4 and "loss is nan at step 30" in ended(second)["reason"]
+
+
+def test_a_cancelled_run_ends_with_143(tmp_path, machine):
+    attempt = begin(tmp_path / "run", machine)
+    commit(tmp_path / "run", 20)
+    RunDir(tmp_path / "run").cancelled.touch()
+    assert chain.end(attempt, 143, "n1", False) == 143 and ended(attempt)["verdict"] == "stop"
+
+
+def test_a_folder_that_is_no_attempt_is_refused(tmp_path, machine):
+    attempt = begin(tmp_path / "run", machine)
+    with pytest.raises(RunFolderError, match=r"no job\.json"):
+        chain.end(attempt.with_name("007"), 0, "", False)
+    (attempt / "job.json").write_text("{")
+    with pytest.raises(RunFolderError, match=r"job\.json cannot be read"):
+        chain.end(attempt, 0, "", False)
+
+
+def test_a_run_that_began_without_slurm_has_attempts_too(tmp_path, clock):
+    run = RunDir(tmp_path)
+    write_atomic(run.attempt(1) / "command.sh", "mpirun\n")
+    attempts = read_attempts(run)
+    assert [(a.number, a.job, a.end) for a in attempts] == [(1, None, None)]
+    assert account(attempts, 0, attempts[0].begin_s + 5).in_job_s == 5
+
+
+def test_commits_are_found_without_torch_and_in_order(tmp_path):
+    commit(tmp_path, 100)
+    commit(tmp_path, 20)
+    (tmp_path / "checkpoints" / "step-00000300.tmp").mkdir()
+    (tmp_path / "checkpoints" / "step-00000300.tmp" / COMMIT).touch()
+    assert committed_steps(tmp_path / "checkpoints") == [20, 100]
