@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from aifactory_train.errors import AifactoryError
+from aifactory_train.hostlist import expand
 from aifactory_train.machine.facts import Facts, FactSource, Option, Variable
 from aifactory_train.machine.load import load_machine
 from aifactory_train.machine.machine import Machine, Nic, Place
@@ -208,6 +209,12 @@ def _site_faults(machine: Machine) -> Iterator[str]:
                 yield (
                     f"slurm.partitions.{partition.name}.max_nodes: {partition.max_nodes}, more than the nodes that "
                     f"there are, {partition.nodes or machine.nodes}; correct one of them"
+                )
+            n_named = len(expand(slurm.node_names or ""))
+            if slurm.node_names is not None and n_named < (partition.nodes or partition.max_nodes or 1):
+                yield (
+                    f"slurm.node_names: {slurm.node_names} names {n_named} hosts, partition {partition.name} has "
+                    f"{partition.nodes or partition.max_nodes}; name them all or drop the list"
                 )
         for qos in slurm.qos:
             if qos.min_nodes and qos.max_nodes and qos.min_nodes > qos.max_nodes:
