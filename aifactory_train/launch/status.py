@@ -220,7 +220,8 @@ def _table(attempts: list[Attempt]) -> list[str]:
         return []
     cells = [("attempt", "job", "nodes", "steps", "time", "exit", "then"), *[_cells(a) for a in attempts]]
     widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]) - 1)]
-    return ["", *["  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[-1]]) for row in cells]]
+    padded = ([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[-1]] for row in cells)
+    return ["", *["  ".join(row).rstrip() for row in padded]]
 
 
 def _cells(a: Attempt) -> tuple[str, ...]:
