@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 from aifactory_train.errors import AifactoryError
@@ -47,7 +46,7 @@ def check_machines(names: list[str]) -> tuple[str, int]:
             faults = [error.render().replace("\n", "\n    ")]
         else:
             is_path = "/" in name or name.endswith((".yaml", ".yml"))
-            faults = check_machine(machine, Path(name).stem if not is_path else machine.name)
+            faults = check_machine(machine, machine.name if is_path else name)
         if faults:
             lines += [f"bad {name}", *(f"    {fault}" for fault in faults)]
         else:
