@@ -31,8 +31,7 @@ FONT = "Helvetica, Arial, 'Liberation Sans', sans-serif"
 # Mean width of a character in parts of the font size; bold capitals are wider, so boxes keep a margin.
 CHARACTER = 0.56
 UNKNOWN = "unknown"
-# No-break spaces: SVG runs plain ones together.
-SEPARATOR = "\u00a0 · \u00a0"
+SEPARATOR = " · "
 LEGEND_STEP = 24
 _NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
@@ -119,7 +118,7 @@ def _links(svg: ET.Element, machine: Machine, layout: NodeLayout) -> None:
         top = max(layout.arcs, key=lambda arc: arc.height)
         kind = f"{machine.topology.link_kind}: " if machine.topology.link_kind else ""
         every = "every pair " if len(devices) > 2 else ""
-        text = f"{kind}{every}{_gb_per_s(top.bytes_per_s)} in each direction"
+        text = _cut(f"{kind}{every}{_gb_per_s(top.bytes_per_s)} in each direction", right - left, 13)
         _pill(svg, (top.x1 + top.x2) / 2, top.y - top.height, text, LINK_COLOURS[0])
         return
     for arc in layout.arcs:
@@ -197,6 +196,8 @@ def _fabric_lines(machine: Machine) -> list[tuple[str, int, bool, str]]:
         lines.append((groups + of, 14, False, INK))
     if network.nics_per_node is None:
         lines.append((f"NICs per node {UNKNOWN}", 14, False, INK))
+        if network.nic_gbit_per_s is not None:
+            lines.append((f"{units.format_gbit_per_s(network.nic_gbit_per_s)} each", 14, False, INK))
     total, share = network_bytes_per_s(machine), network_bytes_per_s_of_device(machine)
     if total is not None and network.nic_gbit_per_s is not None:
         lines.append((f"{network.nics_per_node} × {units.format_gbit_per_s(network.nic_gbit_per_s)}", 14, False, INK))
@@ -239,12 +240,13 @@ def _host(svg: ET.Element, machine: Machine, layout: NodeLayout) -> None:
     _text(svg, box.x + 16, box.y + 26, f"Host: {sockets}{cpu}{architecture}", 15, bold=True, room=box.width - 32)
     rate = machine.topology.host_bytes_per_s
     reserved = len(host.reserved_cores)
+    near = f"cores near each device {UNKNOWN}"
     facts = [
         f"{host.cores} cores for jobs" + (f" ({reserved} more reserved)" if reserved else ""),
         units.format_bytes(host.memory_bytes) if host.memory_bytes else f"memory {UNKNOWN}",
         "" if rate is None else f"{_gb_per_s(rate)} to each device, each way",
         "" if host.local_disk_bytes is None else f"local disk {units.format_bytes(host.local_disk_bytes)}",
-        "" if machine.topology.places or machine.device.per_node == 1 else f"cores near each device {UNKNOWN}",
+        "" if any(p.cores for p in machine.topology.places) or machine.device.per_node == 1 else near,
     ]
     _text(svg, box.x + 16, box.y + 49, SEPARATOR.join(f for f in facts if f), 14, room=box.width - 32)
 
@@ -252,7 +254,7 @@ def _host(svg: ET.Element, machine: Machine, layout: NodeLayout) -> None:
 def _legend_items(machine: Machine) -> list[tuple[str, str, float, str]]:
     """(kind of mark, colour, width of a line, text), of what the picture holds."""
     items = []
-    kind = machine.topology.link_kind or "link"
+    kind = _cut(machine.topology.link_kind or "link", 240, 13)
     if link_rates(machine):
         for rate, (colour, width) in sorted(_tiers(machine).items(), reverse=True):
             items.append(("line", colour, width, f"{kind}, {_gb_per_s(rate)} in one direction"))
@@ -373,7 +375,7 @@ def _text(
     text = _clean(text)
     if room is not None and text:
         size = max(10.0, min(size, room / (CHARACTER * len(text))))
-        text = textwrap.shorten(text, max(4, int(room / (CHARACTER * size))) + 1, placeholder="…") or text[:4] + "…"
+        text = _cut(text, room, size)
     attributes = {"x": f"{x:.1f}", "y": f"{y:.1f}", "font-size": f"{size:.3g}", "fill": fill, "text-anchor": anchor}
     if bold:
         attributes["font-weight"] = "bold"
@@ -387,6 +389,11 @@ def _wrapped(text: str, room: float, size: float, max_lines: int) -> list[str]:
     return textwrap.wrap(_clean(text), columns, max_lines=max_lines, placeholder="…") or [""]
 
 
+def _cut(text: str, room: float, size: float) -> str:
+    most = max(4, int(room / (CHARACTER * size) + 0.5))
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
 def _clean(text: str) -> str:
     """Without the control characters that XML cannot hold; ElementTree escapes the rest."""
-    return _NOT_XML.sub("\ufffd", " ".join(text.split(" ")))
+    return _NOT_XML.sub("\ufffd", " ".join(text.split()))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from aifactory_train.machine.machine import Machine
 
 
@@ -72,3 +74,54 @@ def job_limits(machine: Machine) -> tuple[int | None, float | None]:
     nodes = qos.max_nodes if qos is not None and qos.max_nodes is not None else slurm.partition.max_nodes
     hours = qos.max_time_h if qos is not None and qos.max_time_h is not None else slurm.partition.max_time_h
     return nodes, hours
+
+
+def unknown_facts(machine: Machine) -> list[str]:
+    """Keys of facts that a user would look for and the machine does not know, in the order of the file."""
+    device, host, topology, network = machine.device, machine.host, machine.topology, machine.network
+    places = topology.places
+    facts: dict[str, object] = {
+        "device.memory_bytes": device.memory_bytes,
+        "device.memory_bytes_per_s": device.memory_bytes_per_s,
+        "device.peak_flops_per_s.bf16": device.peak_flops_per_s.bf16,
+        "device.native_bf16": device.native_bf16,
+        "device.power_w": device.power_w,
+        "host.memory_bytes": host.memory_bytes,
+        "host.architecture": host.architecture,
+        "host.cpu": host.cpu,
+        "host.numa_nodes": host.numa_nodes,
+    }
+    if device.kind != "cpu":
+        facts |= {
+            "topology.host_bytes_per_s": topology.host_bytes_per_s,
+            "topology.places.cores": _all(machine, [p.cores for p in places]),
+            "topology.places.numa_node": _all(machine, [p.numa_node for p in places]),
+        }
+    if device.per_node > 1:
+        facts["topology.links"] = link_rates(machine) or None
+    if machine.slurm is not None:
+        slurm, (nodes, hours) = machine.slurm, job_limits(machine)
+        facts |= {
+            "nodes": machine.nodes,
+            "topology.places.nic": _all(machine, [p.nic for p in places]),
+            "network.fabric": network.fabric,
+            "network.nics_per_node": network.nics_per_node,
+            "network.nic_gbit_per_s": network.nic_gbit_per_s,
+            "network.nics": network.nics or None,
+            "slurm.partitions.max_nodes": nodes,
+            "slurm.partitions.max_time_h": hours,
+            "slurm.node_names": slurm.node_names,
+            "slurm.account_required": slurm.account_required,
+            "slurm.qos_required": slurm.qos_required,
+            "slurm.requeues_after_node_failure": slurm.requeues_after_node_failure,
+            "internet.login": machine.internet.login,
+            "internet.compute": machine.internet.compute,
+            "accounting": machine.accounting,
+        }
+    return [key for key, value in facts.items() if value is None]
+
+
+def _all(machine: Machine, values: Sequence[object]) -> bool | None:
+    """True where each device has its value, None where one is missing."""
+    complete = len(values) == machine.device.per_node and all(v is not None for v in values)
+    return complete or None
