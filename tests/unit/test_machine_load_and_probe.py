@@ -1,9 +1,10 @@
 import pytest
 
 from aifactory_train.errors import MachineError
-from aifactory_train.machine import probe
+from aifactory_train.machine import probe, probe_gpus, probe_host
 from aifactory_train.machine.load import load_machine, write_machine
 from aifactory_train.machine.machine import ByDtype, Device, Host, Machine, Measured
+from aifactory_train.machine.probe_look import Answer, Look
 
 EPYC = (
     "processor\t: 0\nvendor_id\t: AuthenticAMD\nmodel name\t: AMD EPYC 9354\nflags\t\t: fpu avx512f avx512_bf16 amx\n"
@@ -76,61 +77,74 @@ def test_faults_in_a_machine_file_are_told_with_their_lines(tmp_path):
     ],
 )
 def test_the_cpu_says_its_name_and_whether_it_computes_bf16(cpuinfo, name, bf16):
-    assert probe.parse_cpu_name(cpuinfo) == name
-    assert probe.parse_native_bf16(cpuinfo) is bf16
+    assert probe_host.parse_cpu_name(cpuinfo) == name
+    assert probe_host.parse_native_bf16(cpuinfo) is bf16
 
 
 def test_nvidia_smi_gives_the_number_of_gpus_their_memory_and_bf16():
-    device = probe.parse_nvidia_smi(A100)
+    device = probe_gpus.parse_nvidia_smi(A100)
     assert (device.kind, device.per_node, device.native_bf16) == ("cuda", 4, True)
     assert device.name == "NVIDIA A100-SXM-64GB" and device.memory_bytes == 64 * 1024**3
-    assert probe.parse_nvidia_smi(V100).native_bf16 is False
+    assert probe_gpus.parse_nvidia_smi(V100).native_bf16 is False
 
 
 @pytest.mark.parametrize("text", ["", "No devices were found\n", "NVIDIA-SMI has failed, driver, mismatch\n"])
 def test_nvidia_smi_without_a_gpu_gives_none(text):
-    assert probe.parse_nvidia_smi(text) is None
+    assert probe_gpus.parse_nvidia_smi(text) is None
 
 
 def test_rocm_smi_counts_each_gcd_as_a_device():
-    device = probe.parse_rocm_smi(MI250X)
+    device = probe_gpus.parse_rocm_smi(MI250X)
     assert (device.kind, device.per_node, device.memory_bytes) == ("rocm", 2, 68702699520)
     assert device.name == "AMD Instinct MI250X" and device.native_bf16
-    assert probe.parse_rocm_smi("WARNING: no driver") is None and probe.parse_rocm_smi("{}") is None
+    assert probe_gpus.parse_rocm_smi("WARNING: no driver") is None and probe_gpus.parse_rocm_smi("{}") is None
 
 
 def test_the_memory_limit_of_the_control_group_counts_where_it_is_lower():
-    assert probe.parse_mem_total_bytes("MemTotal:       24684084 kB\nMemFree: 1 kB\n") == 24684084 * 1024
-    assert probe.parse_cgroup_limit_bytes("8589934592\n") == 8 * 1024**3
-    assert probe.parse_cgroup_limit_bytes("max\n") is None
-    assert probe.parse_cgroup_limit_bytes("9223372036854771712\n") is None
+    assert probe_host.parse_mem_total_bytes("MemTotal:       24684084 kB\nMemFree: 1 kB\n") == 24684084 * 1024
+    assert probe_host.parse_cgroup_limit_bytes("8589934592\n") == 8 * 1024**3
+    assert probe_host.parse_cgroup_limit_bytes("max\n") is None
+    assert probe_host.parse_cgroup_limit_bytes("9223372036854771712\n") is None
 
 
 def test_limits_are_read_from_our_control_group_and_those_above_it():
-    v2 = probe.parse_cgroup_files("0::/system.slice/slurm.scope\n")
+    v2 = probe_host.parse_cgroup_files("0::/system.slice/slurm.scope\n")
     assert v2 == [
         "/sys/fs/cgroup/system.slice/slurm.scope/memory.max",
         "/sys/fs/cgroup/system.slice/memory.max",
         "/sys/fs/cgroup/memory.max",
     ]
-    v1 = probe.parse_cgroup_files("9:cpu,cpuacct:/x\n4:memory:/slurm\n")
+    v1 = probe_host.parse_cgroup_files("9:cpu,cpuacct:/x\n4:memory:/slurm\n")
     assert v1 == [
         "/sys/fs/cgroup/memory/slurm/memory.limit_in_bytes",
         "/sys/fs/cgroup/memory/memory.limit_in_bytes",
     ]
 
 
-def test_a_lower_limit_of_the_control_group_wins_over_the_memory_of_the_host(monkeypatch):
-    files = {"/proc/meminfo": "MemTotal: 1048576 kB", "/proc/self/cgroup": "0::/", "/sys/fs/cgroup/memory.max": "1000"}
-    monkeypatch.setattr(probe, "_read", lambda path: files.get(path, ""))
-    monkeypatch.setattr(probe, "_output", lambda command: "")
-    machine = probe.probe_local()
+def a_look(root, files, query=""):
+    for path, text in files.items():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_text(text)
+    return Look(root, lambda command: Answer(query) if "--query" in command[1] else Answer("", "is not there"))
+
+
+def test_a_lower_limit_of_the_control_group_wins_over_the_memory_of_the_host(tmp_path):
+    files = {"proc/meminfo": "MemTotal: 1048576 kB", "proc/self/cgroup": "0::/", "sys/fs/cgroup/memory.max": "1000"}
+    machine = probe.probe(a_look(tmp_path, files), with_slurm=False)
     assert machine.host.memory_bytes == machine.device.memory_bytes == 1000
     assert "control group" in machine.source_of("host.memory_bytes").source
 
 
-def test_a_machine_with_gpus_has_their_memory_and_not_the_hosts(monkeypatch):
-    monkeypatch.setattr(probe, "_output", lambda command: A100 if command[0] == "nvidia-smi" else "")
-    machine = probe.probe_local()
+def test_a_machine_with_gpus_has_their_memory_and_not_the_hosts(tmp_path):
+    machine = probe.probe(a_look(tmp_path, {"proc/meminfo": "MemTotal: 1048576 kB"}, A100), with_slurm=False)
     assert machine.device.kind == "cuda" and machine.device.per_node == 4
+    assert machine.device.memory_bytes == 64 * 1024**3 and machine.host.memory_bytes == 1024**3
     assert machine.source_of("device").source == "nvidia-smi"
+
+
+def test_the_local_machine_is_read_at_once_and_never_has_slurm(monkeypatch):
+    asked = []
+    monkeypatch.setattr("aifactory_train.machine.probe_look.shutil.which", lambda name, path=None: asked.append(name))
+    assert probe.probe_local().slurm is None and "scontrol" not in asked and "nvidia-smi" in asked
+    assert "slurm" not in probe.probe_local().unseen
+    assert probe.probe_machine().unseen["slurm"] == "scontrol is not there" and "scontrol" in asked
