@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
+
 from aifactory_train.launch.slurm import launchers_dir, render_job
 from aifactory_train.machine.load import load_machine, machine_names
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     for machine in map(load_machine, machine_names()):
         if machine.slurm is not None:
             path = launchers_dir() / f"{machine.name}.sbatch"
