@@ -13,29 +13,29 @@ WARMUP = 2
 REPEATS = 7
 
 
-def measure_matmul_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
+def measure_matmul_flops_per_s(device: torch.device, dtype: torch.dtype, repeats: int = REPEATS) -> float:
     """Median rate of square matrix products of random numbers; 2 n^3 FLOPs each, all threads."""
     size = MATMUL_SIZE[device.type]
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    return 2.0 * size**3 / _median_s(lambda: a @ b, device)
+    return 2.0 * size**3 / _median_s(lambda: a @ b, device, repeats)
 
 
-def measure_memory_bytes_per_s(device: torch.device) -> float:
+def measure_memory_bytes_per_s(device: torch.device, repeats: int = REPEATS) -> float:
     """Median rate of a copy, read and written bytes both counted."""
     source = torch.ones(COPY_BYTES[device.type], dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2.0 * source.numel() / _median_s(lambda: target.copy_(source), device)
+    return 2.0 * source.numel() / _median_s(lambda: target.copy_(source), device, repeats)
 
 
-def _median_s(work: Callable[[], object], device: torch.device) -> float:
+def _median_s(work: Callable[[], object], device: torch.device, repeats: int) -> float:
     times_s = []
-    for _ in range(WARMUP + REPEATS):
+    for _ in range(WARMUP + repeats):
         _synchronize(device)
         t0_s = time.perf_counter()
         work()
         _synchronize(device)
         times_s.append(time.perf_counter() - t0_s)
-    return sorted(times_s[WARMUP:])[REPEATS // 2]
+    return sorted(times_s[WARMUP:])[repeats // 2]
 
 
 def _synchronize(device: torch.device) -> None:

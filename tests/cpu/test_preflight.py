@@ -1,0 +1,136 @@
+"""Preflight by real ranks: good nodes pass, a bad one is named, and nothing hangs."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from aifactory_train.launch.fitness import judge, render_fitness
+from aifactory_train.launch.mpi import mpirun_command
+from aifactory_train.machine.load import write_machine
+from aifactory_train.machine.machine import ByDtype, Device, Host, Machine, Measured
+from training_runs import aifactory, write_corpus, write_recipe
+
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "OMPI_MCA_btl": "self,sm"}
+
+# A rank that dies, or hangs, inside a check of phase 1. The times are shortened for the test, not what is done.
+BROKEN_RANK = """
+import os, signal, sys, time
+from pathlib import Path
+from aifactory_train.faults.checks import Check
+from aifactory_train.train import meet, preflight
+meet.RENDEZVOUS_S = 5.0
+if os.environ["RANK"] == "1":
+    what = {"dies": lambda here: os.kill(os.getpid(), signal.SIGKILL), "hangs": lambda here: time.sleep(100)}
+    preflight.CHECKS = (Check("a broken device", what[sys.argv[2]]),)
+    preflight.LIMIT_S = meet.LIMIT_S = 3.0
+preflight.preflight(Path(sys.argv[1]))
+"""
+
+
+def small_machine(cores: int = 2, fp32_flops_per_s: float | None = None) -> Machine:
+    measured = Measured(matmul_flops_per_s=ByDtype(fp32=fp32_flops_per_s))
+    return Machine(
+        name="small", device=Device(kind="cpu", name="any", per_node=1), host=Host(cores=cores), measured=measured
+    )
+
+
+def plan_run(folder: Path, machine: Machine, *args: object) -> Path:
+    """A run folder with a plan for this machine and an attempt of nodes n1, n2, ..."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_machine(machine, folder / "machine.yaml")
+    recipe = write_recipe(folder, folder / "prepared", write_corpus(folder, 3))
+    run = folder / "run"
+    done = aifactory("plan", recipe, "--machine", folder / "machine.yaml", "--run", run, *args)
+    assert done.returncode == 0, done.stderr
+    n_nodes = json.loads((run / "plan.json").read_text())["layout"]["n_nodes"]
+    job = {"job_id": "1", "node_list": f"n[1-{n_nodes}]" if n_nodes > 1 else "n1", "n_nodes": n_nodes}
+    (run / "attempts" / "001").mkdir(parents=True)
+    (run / "attempts" / "001" / "job.json").write_text(json.dumps(job))
+    return run
+
+
+def mpirun(run: Path, machine: Machine, *bind_rank_1: str) -> subprocess.CompletedProcess[str]:
+    rank = [sys.executable, "-m", "aifactory_train", "preflight", str(run)]
+    command = mpirun_command(machine, 2, rank)
+    if bind_rank_1:
+        command = [*mpirun_command(machine, 1, rank), ":", "-n", "1", *bind_rank_1, *rank]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=ENV, check=False)
+
+
+def reports(run: Path) -> list[dict]:
+    files = sorted((run / "attempts" / "001" / "preflight").glob("rank-*.json"))
+    return [json.loads(file.read_text()) for file in files]
+
+
+def test_two_good_ranks_pass_and_leave_their_reports(tmp_path: Path) -> None:
+    machine = small_machine()
+    run = plan_run(tmp_path, machine, "--cpu-ranks", 2)
+    done = mpirun(run, machine)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "preflight: all ranks are fit" in done.stdout and done.stderr == ""
+    found = reports(run)
+    assert [(r["rank"], r["local_rank"], r["host"], r["ok"], r["phase"]) for r in found] == [
+        (0, 0, "n1", True, "together"),
+        (1, 1, "n1", True, "together"),
+    ]
+    assert all(r["facts"]["all_reduce_bytes_per_s"] > 0 and r["facts"]["matmul_flops_per_s"] > 0 for r in found)
+    assert render_fitness(judge(run / "attempts" / "001", ["n1"], 2)) == "the node is fit"
+
+
+def test_one_rank_bound_to_too_few_cores_is_the_one_named(tmp_path: Path) -> None:
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("needs two cores to give one rank fewer than the other")
+    machine = small_machine(cores=4)
+    run = plan_run(tmp_path, machine, "--cpu-ranks", 2)
+    core = min(os.sched_getaffinity(0))
+    done = mpirun(run, machine, "taskset", "-c", str(core))
+    assert done.returncode == 5, done.stdout + done.stderr
+    assert f"number of cores to use is 1 ({core}), the plan counts on 2" in done.stderr
+    assert "rank 1 (local rank 1) on host n1" in done.stderr and "do: " in done.stderr
+    assert "rank 0 (local" not in done.stderr and "Traceback" not in done.stderr
+    assert [r["ok"] for r in reports(run)] == [True, False]
+    assert list(judge(run / "attempts" / "001", ["n1", "n2"], 1).failing) == ["n2"]
+
+
+def test_a_machine_far_slower_than_its_file_is_not_fit(tmp_path: Path) -> None:
+    machine = small_machine(fp32_flops_per_s=1e16)
+    run = plan_run(tmp_path, machine, "--cpu-ranks", 2)
+    done = mpirun(run, machine)
+    assert done.returncode == 5, done.stdout + done.stderr
+    assert "of the 5.00 PFLOP/s in the machine file" in done.stderr, "half of the node's rate is each rank's"
+    assert all("matrix products (fp32) at" in r["faults"][0] for r in reports(run))
+
+
+def start_pair(run: Path, how: str) -> list[subprocess.Popen[str]]:
+    """Two ranks that nobody kills when the other one dies, as under srun without --kill-on-bad-exit."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    common = {**ENV, "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = [sys.executable, "-c", BROKEN_RANK, str(run), how]
+    return [
+        subprocess.Popen(command, env={**common, "RANK": str(r)}, stderr=subprocess.PIPE, text=True) for r in range(2)
+    ]
+
+
+@pytest.mark.parametrize(("how", "code"), [("dies", -9), ("hangs", 5)])
+def test_a_rank_lost_in_phase_1_is_named_by_the_other_with_its_host(tmp_path: Path, how: str, code: int) -> None:
+    run = plan_run(tmp_path, small_machine(), "--nodes", 2)
+    t0_s = time.monotonic()
+    pair = start_pair(run, how)
+    said = [process.communicate(timeout=60)[1] for process in pair]
+    assert [process.returncode for process in pair] == [5, code], said
+    assert time.monotonic() - t0_s < 60
+    assert "1 of 2 ranks did not come: rank 1 on n2" in said[0] and "Traceback" not in said[0], said[0]
+    if how == "hangs":
+        assert "did not end within 3 s: stuck at a broken device" in said[1], said[1]
+    fitness = judge(run / "attempts" / "001", ["n1", "n2"], 1)
+    assert (fitness.passing, list(fitness.failing)) == (["n1"], ["n2"]), fitness
