@@ -88,5 +88,8 @@ def run_command(command: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 def _refused(command: list[str], done: subprocess.CompletedProcess[str], do: str) -> MachineError:
-    said = done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}"
-    return MachineError(f"{command[0]} failed: {said}", where=shlex.join(command), do=do)
+    # The last line says what made it give up; those before it, what it had tried.
+    said = [f"exit code {done.returncode}", *done.stdout.split("\n"), *done.stderr.split("\n")]
+    return MachineError(
+        f"{command[0]} failed: {[line for line in said if line.strip()][-1]}", where=shlex.join(command), do=do
+    )

@@ -90,6 +90,7 @@ def test_the_time_between_attempts_is_not_wall_time(tmp_path):
     run = an_unstarted_run(tmp_path)
     start(run, at_s=0)
     line(run, 10, at_s=100)
+    event(run, "attempt", 4990, number=2, job_id="102")
     start(run, attempt=2, step=10, at_s=5000)
     line(run, 20, attempt=2, at_s=5030)
     event(run, "finish", 5040, step=20, wall_s=40)

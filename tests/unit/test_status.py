@@ -221,8 +221,8 @@ def test_jobs_that_are_over_are_not_live(run, slurm):
     assert live_jobs(run) == []
     slurm.error["squeue"] = UNKNOWN_ID
     assert live_jobs(run) == [], "Slurm has forgotten the only job"
-    slurm.error["squeue"] = "slurm_load_jobs error: Unable to contact slurm controller (connect failure)\n"
-    with pytest.raises(MachineError, match="Unable to contact") as caught:
+    slurm.error["squeue"] = "squeue: error: tried\nslurm_load_jobs error: Unable to contact slurm controller\n"
+    with pytest.raises(MachineError, match="squeue failed: slurm_load_jobs error: Unable to contact") as caught:
         live_jobs(run)
     assert "squeue --noheader --jobs=2159000" in caught.value.where and caught.value.do
 
