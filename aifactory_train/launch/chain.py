@@ -25,6 +25,7 @@ from aifactory_train.errors import (
 )
 from aifactory_train.hostlist import compress, expand
 from aifactory_train.launch.attempts import Attempt, End, Job, Times, account, read_attempts, write_part
+from aifactory_train.launch.fitness import judge, render_fitness
 from aifactory_train.launch.local import check_run_folder, default_run_folder, write_run_folder
 from aifactory_train.launch.squeue import ask_squeue
 from aifactory_train.machine.load import load_machine
@@ -124,8 +125,13 @@ def end(attempt: Path, exit_code: int, down_nodes: str, terminated: bool) -> int
         )
     this, before = attempts[index], attempts[:index]
     known_bad = {host for a in before if a.end for host in expand(a.end.excluded)}
-    bad = _bad_nodes(this, job, plan, exit_code, down_nodes)
-    fault = this.newest("fault")
+    bad = [host for host in expand(down_nodes) if host in expand(job.node_list)]
+    fault = str((this.newest("fault") or {}).get("message", ""))
+    if exit_code == PreflightFault.exit_code:
+        unfit, found = _unfit(this, job, plan, before)
+        bad += unfit
+        fault = "; ".join(found.splitlines()[:2])
+        print(found, file=sys.stderr)
     outcome = Outcome(
         exit_code=exit_code,
         finished=is_finished(run, plan.recipe.n_steps),
@@ -135,15 +141,24 @@ def end(attempt: Path, exit_code: int, down_nodes: str, terminated: bool) -> int
         first_step=job.first_step,
         last_step=_newest_commit(run),
         n_steps=plan.recipe.n_steps,
-        fault=None if fault is None else str(fault.get("message", "")),
+        fault=fault,
         newly_bad=[host for host in bad if host not in known_bad],
         log=this.log,
     )
     decision = decide(outcome)
     excluded = compress([*sorted(known_bad), *outcome.newly_bad])
     times = account(attempts, index, end_s)
-    record = End(
-        exit_code=exit_code,
+    write_part(attempt / "end.json", _record(outcome, decision, excluded, times, end_s))
+    earlier = [account(attempts, i, a.last_seen_s) for i, a in enumerate(before)]
+    print(f"{render_times(run, this.number, times, earlier)}\n{decision.verdict}: {decision.reason}", file=sys.stderr)
+    if decision.verdict == "next" and excluded:
+        print(f"--exclude={excluded}")
+    return decision.code
+
+
+def _record(outcome: Outcome, decision: Decision, excluded: str, times: Times, end_s: float) -> End:
+    return End(
+        exit_code=outcome.exit_code,
         verdict=decision.verdict,
         reason=decision.reason,
         last_step=outcome.last_step,
@@ -155,12 +170,6 @@ def end(attempt: Path, exit_code: int, down_nodes: str, terminated: bool) -> int
         unused_s=round(times.unused_s, 3),
         redone_steps=times.redone_steps,
     )
-    write_part(attempt / "end.json", record)
-    earlier = [account(attempts, i, a.last_seen_s) for i, a in enumerate(before)]
-    print(f"{render_times(run, this.number, times, earlier)}\n{decision.verdict}: {decision.reason}", file=sys.stderr)
-    if decision.verdict == "next" and excluded:
-        print(f"--exclude={excluded}")
-    return decision.code
 
 
 @dataclass(frozen=True)
@@ -169,7 +178,7 @@ class Outcome:
 
     left_s: wall time that was left when the ranks ended, None where the limit is not known.
     first_step, last_step: newest commit when it began and when it ended.
-    fault: what the ranks said of the error that ended them.
+    fault: what the ranks, or the preflight, said of the error that ended them; "" if nothing.
     newly_bad: nodes that this attempt found unfit or lost, and none before it.
     """
 
@@ -181,7 +190,7 @@ class Outcome:
     first_step: int
     last_step: int
     n_steps: int
-    fault: str | None
+    fault: str
     newly_bad: list[str]
     log: Path
 
@@ -202,7 +211,7 @@ def decide(outcome: Outcome) -> Decision:
         return Decision("done", f"all {o.n_steps} steps are trained and saved", 0)
     if o.cancelled:
         return Decision("stop", f"the run was cancelled; {_kept(o)}; to go on, launch it again", Interrupted.exit_code)
-    if o.fault and _NOT_FINITE.match(o.fault):
+    if _NOT_FINITE.match(o.fault):
         reason = f"{o.fault}; {_kept(o)}; take a lower optim.lr in a new run folder, or launch again to try once more"
         return Decision("stop", reason, _stop_code(o))
     if o.exit_code == UserError.exit_code:
@@ -290,16 +299,14 @@ def _training_now(run: RunDir, job_id: str) -> str | None:
         return None
 
 
-def _bad_nodes(attempt: Attempt, job: Job, plan: Plan, exit_code: int, down_nodes: str) -> list[str]:
-    """Hosts of the job that Slurm has lost, or that failed the preflight."""
+def _unfit(attempt: Attempt, job: Job, plan: Plan, before: list[Attempt]) -> tuple[list[str], str]:
+    """Hosts that failed the preflight, and what it found. Where all failed, the cause is not in the nodes: none."""
     hosts = expand(job.node_list)
-    bad = [host for host in dict.fromkeys(expand(down_nodes)) if host in hosts]
-    if exit_code == PreflightFault.exit_code:
-        from aifactory_train.launch.fitness import judge
-
-        failing = judge(attempt.folder, hosts, plan.layout.world_size // plan.layout.n_nodes).failing
-        bad += [host for host in failing if host not in bad]
-    return bad
+    fitness = judge(attempt.folder, hosts, plan.layout.world_size // plan.layout.n_nodes)
+    failed_before = any(a.end is not None and a.end.exit_code == PreflightFault.exit_code for a in before)
+    # A single node has none beside it to compare with: the second one that fails tells.
+    shared = not fitness.passing and (len(hosts) > 1 or failed_before)
+    return ([] if shared else list(fitness.failing)), render_fitness(fitness)
 
 
 def _newest_commit(run: RunDir) -> int:

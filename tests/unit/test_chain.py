@@ -1,12 +1,12 @@
 """What a batch script is told before the ranks start and after they ended."""
 
 import json
-import sys
 import types
 
 import pytest
 
 from aifactory_train.errors import MachineError, RunFolderError
+from aifactory_train.hostlist import expand
 from aifactory_train.launch import chain, squeue
 from aifactory_train.launch.attempts import account, read_attempts
 from aifactory_train.launch.chain import Outcome, decide, job_ids, note_job
@@ -51,7 +51,7 @@ def no_slurm(monkeypatch):
 
 
 def begin(run, machine, job_id="101", nodes="n[1-2]", end_time_s=None, recipe=DEMO):
-    return chain.begin(recipe, machine, 2, run, job_id, nodes, end_time_s)
+    return chain.begin(recipe, machine, min(2, len(expand(nodes))), run, job_id, nodes, end_time_s)
 
 
 def commit(run, step):
@@ -70,7 +70,7 @@ def event(run, kind, clock, **fields):
 def outcome(**changes):
     usual = {
         "exit_code": 143, "finished": False, "cancelled": False, "terminated": False, "left_s": 3000.0,
-        "first_step": 100, "last_step": 100, "n_steps": 300, "fault": None, "newly_bad": [],
+        "first_step": 100, "last_step": 100, "n_steps": 300, "fault": "", "newly_bad": [],
         "log": "attempts/002/log.txt",
     }  # fmt: skip
     return Outcome(**{**usual, **changes})
@@ -184,12 +184,21 @@ def test_a_job_that_another_has_taken_over_does_nothing(tmp_path, machine, capsy
 
 def test_a_second_job_leaves_a_run_alone_that_another_is_training(tmp_path, machine, no_slurm, capsys):
     begin(tmp_path / "run", machine, "101")
+    note_job(RunDir(tmp_path / "run"), "102")
     no_slurm["squeue"] = "101|RUNNING|None|4:58|2|2026-11-23T07:20:50|n[1-2]\n"
     assert begin(tmp_path / "run", machine, "102") is None
     assert "job 101 is training" in capsys.readouterr().err
     assert begin(tmp_path / "run", machine, "101").name == "002", "Slurm has started it again: the run is its own"
     no_slurm["squeue"] = "101|COMPLETING|None|0:00|2|2026-11-23T07:20:50|n[1-2]\n"
     assert begin(tmp_path / "run", machine, "103").name == "003", "a job that is ending trains no more"
+
+
+def test_the_next_job_begins_although_the_one_before_is_still_leaving(tmp_path, machine, no_slurm):
+    first = begin(tmp_path / "run", machine, "101")
+    commit(tmp_path / "run", 20)
+    assert chain.end(first, 143, "", False) == 75
+    no_slurm["squeue"] = "101|RUNNING|None|0:20|2|2026-11-23T07:20:50|n[1-2]\n"
+    assert begin(tmp_path / "run", machine, "102").name == "002"
 
 
 def test_where_slurm_cannot_be_asked_the_job_begins(tmp_path, machine, monkeypatch):
@@ -308,18 +317,42 @@ def test_lost_nodes_are_left_out_of_the_next_jobs_for_good(tmp_path, machine, cl
     assert capsys.readouterr().out == "" and ended(third)["verdict"] == "stop"
 
 
-def test_nodes_that_failed_the_preflight_are_left_out(tmp_path, machine, monkeypatch, capsys):
-    asked = []
+def preflight(attempt, hosts, unfit):
+    """The reports of two ranks on each host, as train/preflight.py leaves them."""
+    for rank in range(2 * len(hosts)):
+        host = hosts[rank // 2]
+        faults = ["1 GPU of 2 is there"] if host in unfit else []
+        report = {"rank": rank, "local_rank": rank % 2, "host": host, "ok": not faults, "faults": faults, "facts": {}}
+        write_atomic(attempt / "preflight" / f"rank-{rank:05d}.json", json.dumps(report))
 
-    def judge(attempt, hosts, ranks_per_node):
-        asked.append((attempt.name, hosts, ranks_per_node))
-        return types.SimpleNamespace(failing={"n2": ["1 GPU of 2"]})
 
-    monkeypatch.setitem(sys.modules, "aifactory_train.launch.fitness", types.SimpleNamespace(judge=judge))
+def test_nodes_that_failed_the_preflight_are_left_out(tmp_path, machine, capsys):
     attempt = begin(tmp_path / "run", machine)
-    assert chain.end(attempt, 1, "", False) == 1 and not asked
-    assert chain.end(attempt, 5, "n1", False) == 75 and asked == [("001", ["n1", "n2"], 2)]
-    assert capsys.readouterr().out == "--exclude=n[1-2]\n"
+    preflight(attempt, ["n1", "n2"], ["n2"])
+    assert chain.end(attempt, 1, "", False) == 1, "it is asked only where the preflight said so"
+    assert not (attempt / "preflight.json").exists()
+    capsys.readouterr()
+    assert chain.end(attempt, 5, "", False) == 75
+    out, err = capsys.readouterr()
+    assert out == "--exclude=n2\n" and "1 GPU of 2 is there" in err and "1 of 2 nodes not fit: n2" in err
+    assert json.loads((attempt / "preflight.json").read_text())["failing"] == "n2"
+
+
+def test_where_no_node_is_fit_the_nodes_are_not_blamed(tmp_path, machine, capsys):
+    attempt = begin(tmp_path / "run", machine)
+    preflight(attempt, ["n1", "n2"], ["n1", "n2"])
+    assert chain.end(attempt, 5, "", False) == 5, "or the whole machine would be left out, two nodes at a time"
+    assert capsys.readouterr().out == "" and "none of the 2 nodes is fit" in ended(attempt)["reason"]
+
+
+def test_a_single_unfit_node_is_left_out_and_the_second_ends_the_chain(tmp_path, machine, clock, capsys):
+    first = begin(tmp_path / "run", machine, nodes="n1")
+    preflight(first, ["n1"], ["n1"])
+    assert chain.end(first, 5, "", False) == 75 and capsys.readouterr().out == "--exclude=n1\n"
+    clock.s += 100
+    second = begin(tmp_path / "run", machine, "102", nodes="n2")
+    preflight(second, ["n2"], ["n2"])
+    assert chain.end(second, 5, "", False) == 5 and "n2: rank 0: 1 GPU of 2" in ended(second)["reason"]
 
 
 def test_only_a_fault_of_this_attempt_counts(tmp_path, machine, clock):
@@ -328,6 +361,7 @@ def test_only_a_fault_of_this_attempt_counts(tmp_path, machine, clock):
     event(run, "fault", clock, message="loss is nan at step 3; nothing of this state was saved")
     clock.s += 10
     second = begin(run, machine)
+    event(run, "fault", clock, message="another rank went away")
     commit(run, 20)
     assert chain.end(second, 1, "", False) == 75
     event(run, "fault", clock, message="loss is nan at step 30; nothing of this state was saved")
