@@ -10,6 +10,8 @@ from aifactory_train.plan.plan import Plan
 
 # What sbatch and srun were given for the job we may be in; a job that we submit must not inherit it.
 _OF_A_JOB = ("SLURM_", "SBATCH_", "SRUN_", "OMPI_", "PMIX_", "PMI_")
+# Which Slurm to talk to: set by sites that have several or keep slurm.conf in an unusual place.
+_OF_THE_SITE = ("SLURM_CONF", "SLURM_CLUSTERS")
 
 
 def rank_variables(machine: Machine, threads: int) -> list[Variable]:
@@ -59,7 +61,8 @@ def submit_environment(python: str | None, container: str | None) -> dict[str, s
         python: interpreter on the compute nodes; None leaves the choice to the script.
         container: image; None leaves the choice to the script.
     """
-    env = {name: value for name, value in {**os.environ}.items() if not name.startswith(_OF_A_JOB)}
+    inherited = {**os.environ}.items()
+    env = {name: value for name, value in inherited if name in _OF_THE_SITE or not name.startswith(_OF_A_JOB)}
     given = {"AIFACTORY_PYTHON": python, "AIFACTORY_CONTAINER": container}
     env.update({name: value for name, value in given.items() if value is not None})
     return env

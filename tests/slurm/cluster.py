@@ -15,7 +15,8 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel", "sinfo")
@@ -95,12 +96,9 @@ class Daemons:
 
     def start(self, name: str, *command: object) -> None:
         """In the foreground of a session of its own, so that Ctrl-C in the terminal does not reach it."""
-        program, *arguments = map(str, command)
-        found = find_program(program)
-        assert found, program
         with open(self.folder / f"{name}.out", "ab") as out:
             self._started[name] = subprocess.Popen(
-                [found, *arguments],
+                [find_program(str(word)) or str(word) for word in command],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,
@@ -190,7 +188,7 @@ class Munge(Daemons):
 class Cluster(Daemons):
     """A controller and nodes node1 to nodeN of `cpus` CPUs each (more than there are, if need be)."""
 
-    def __init__(self, folder: Path, munge: Munge, n_nodes: int, cpus: int = 1) -> None:
+    def __init__(self, folder: Path, munge: Munge, n_nodes: int, cpus: int = 2) -> None:
         super().__init__(folder)
         self.nodes = [f"node{i + 1}" for i in range(n_nodes)]
         port = free_ports(n_nodes + 1)
@@ -232,7 +230,7 @@ class Cluster(Daemons):
         )
         self.start("slurmctld", "slurmctld", "-D", "-i")
         for node in self.nodes:
-            self.start(node, "slurmd", "-D", "-N", node)
+            self.start_node(node)
         self.wait_for_nodes()
 
     def wait_for_nodes(self) -> None:
@@ -242,8 +240,9 @@ class Cluster(Daemons):
 
         poll(all_idle, "all nodes idle", 40, lambda: self.story())
 
-    def start_node(self, name: str) -> None:
-        self.start(name, "slurmd", "-D", "-N", name)
+    def start_node(self, name: str, *wrapper: str) -> None:
+        """Its slurmd, started by another program if given one: ("taskset", "-c", "0")."""
+        self.start(name, *wrapper, "slurmd", "-D", "-N", name)
 
     def kill_node(self, name: str) -> int:
         """SIGKILL whatever runs on the node, as a power cut would; returns how many processes that were."""
@@ -252,6 +251,19 @@ class Cluster(Daemons):
             kill(pid)
         self._started[name].wait(timeout=10)
         return len(victims)
+
+    @contextmanager
+    def confined(self, name: str) -> Iterator[None]:
+        """The node's daemon, and all that it starts, on one core of this host."""
+        self.kill_node(name)
+        self.start_node(name, "taskset", "--cpu-list", str(min(os.sched_getaffinity(0))))
+        self.wait_for_nodes()
+        try:
+            yield
+        finally:
+            self.kill_node(name)
+            self.start_node(name)
+            self.wait_for_nodes()
 
     def ranks(self, verb: str, run: Path) -> dict[int, str]:
         """Process id -> node of the Pythons that run `verb` on a run folder, without the sruns around them."""
