@@ -5,6 +5,9 @@ from aifactory_train.machine import probe, probe_gpus, probe_host
 from aifactory_train.machine.load import load_machine, write_machine
 from aifactory_train.machine.machine import ByDtype, Device, Host, Machine, Measured
 from aifactory_train.machine.probe_look import Answer, Look
+from aifactory_train.plan.plan import make_plan
+from aifactory_train.recipe.load import load_recipe
+from aifactory_train.strictyaml import configs_dir
 
 EPYC = (
     "processor\t: 0\nvendor_id\t: AuthenticAMD\nmodel name\t: AMD EPYC 9354\nflags\t\t: fpu avx512f avx512_bf16 amx\n"
@@ -148,3 +151,9 @@ def test_the_local_machine_is_read_at_once_and_never_has_slurm(monkeypatch):
     assert probe.probe_local().slurm is None and "scontrol" not in asked and "nvidia-smi" in asked
     assert "slurm" not in probe.probe_local().unseen
     assert probe.probe_machine().unseen["slurm"] == "scontrol is not there" and "scontrol" in asked
+
+
+def test_why_something_could_not_be_seen_does_not_make_another_machine():
+    recipe = load_recipe(configs_dir() / "recipes" / "demo.yaml")
+    machines = [a_machine().model_copy(update={"unseen": u}) for u in ({}, {"network.nics": "no answer in 20 s"})]
+    assert len({make_plan(recipe, machine).machine_hash for machine in machines}) == 1

@@ -2,10 +2,13 @@
 
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
 
+from aifactory_train.machine.compare import render_differences
+from aifactory_train.machine.load import load_machine
 from aifactory_train.machine.probe import probe
 from aifactory_train.machine.probe_gpus import (
     parse_amd_addresses,
@@ -79,6 +82,7 @@ def test_a_row_copied_with_blanks_and_lacking_a_cell_is_not_read_one_column_off(
 
 def test_inactive_nvlinks_are_not_counted_as_rates():
     assert parse_nvlink_rates(recorded("nvidia_smi_nvlink_h100.txt")) == {0: 26.562e9, 1: 26.562e9}
+    assert parse_nvlink_rates("GPU 0: X\n\t Link 0: 0 GB/s\n\t Link 1: 25 GB/s\n") == {0: 25e9}
 
 
 def test_gpus_tell_their_address_and_power_and_share_of_memory():
@@ -150,6 +154,7 @@ def test_the_driver_counts_the_links_of_each_pair_and_a_matrix_in_another_order_
     links = parse_xgmi_links(rows)
     by_tool = parse_amd_topology(recorded("amd_smi_topology_mi250x.json"))
     assert {pair: n * 50e9 for pair, n in links.items()} == by_tool
+    assert parse_xgmi_links(["00 04", "04 00"]) == {(0, 1): 4} and parse_xgmi_links(["04 02", "02 04"]) == {}
     assert parse_xgmi_links(rows[::-1]) == {} and parse_xgmi_links(rows[:7]) == {} and parse_xgmi_links([""] * 8) == {}
 
 
@@ -180,6 +185,14 @@ def test_a_node_with_mi250x_is_described_by_whichever_source_is_there(tmp_path, 
     assert [p.numa_node for p in machine.topology.places] == [3, 3, 1, 1, 0, 0, 2, 2]
     assert machine.topology.places[0].cores == "48-63"
     assert ("amd-smi" if by == "amd-smi" else "xgmi_num_links") in machine.source_of("topology.links").source
+
+
+def test_a_recorded_node_agrees_with_the_machine_file_of_its_kind_in_links_and_numa_nodes(tmp_path):
+    a_mi250x_node(tmp_path, [])
+    answers = {"rocm-smi --showp": MI250X, "amd-smi topology": recorded("amd_smi_topology_mi250x.json")}
+    machine = probe(a_look(tmp_path, answers, cpus=64), with_slurm=False)
+    differing = [line for line in render_differences(machine, load_machine("lumi-g")).splitlines() if ": here " in line]
+    assert not [line for line in differing if line.startswith(("device.", "topology."))]
 
 
 def test_without_rates_the_links_are_unseen_and_the_reason_names_the_missing_tool(tmp_path):
@@ -224,5 +237,7 @@ def test_a_tool_that_is_missing_fails_or_hangs_is_told_as_such(tmp_path, monkeyp
     assert run_tool(["sh", "-c", "echo first >&2; echo broken >&2; exit 3"]).fault.endswith("exit 3 failed: broken")
     assert run_tool(["sh", "-c", "printf '\\377ok'"]).text.endswith("ok")
     monkeypatch.setattr("aifactory_train.machine.probe_look._ANSWER_WITHIN_S", 0.2)
-    # The child of the tool keeps its output open: it must not be waited for.
-    assert run_tool(["sh", "-c", "sleep 60 & sleep 60"]).fault.endswith("no answer in 0.2 s")
+    begin_s = time.monotonic()
+    # The child of the tool leaves its group and keeps its output open: it must not be waited for.
+    assert run_tool(["sh", "-c", "setsid sleep 5 & sleep 5"]).fault.endswith("no answer in 0.2 s")
+    assert time.monotonic() - begin_s < 3

@@ -8,7 +8,7 @@ from aifactory_train.machine.probe_gpus import Gpus, Matrix, parse_nvidia_smi
 from aifactory_train.machine.probe_host import parse_cpu_list, probe_host, render_cpu_list
 from aifactory_train.machine.probe_look import Answer, Look
 from aifactory_train.machine.probe_network import parse_rate_gbit_per_s, probe_network
-from aifactory_train.machine.probe_places import nics_by_matrix, probe_places
+from aifactory_train.machine.probe_places import nics_by_bus, nics_by_matrix, probe_places
 
 MIB = 1024**2
 
@@ -148,6 +148,13 @@ def test_places_come_from_where_devices_and_nics_hang_on_the_bus(tmp_path):
     assert (first.cores, first.numa_node, first.nic) == ("1-3", 0, "mlx5_0")
     assert (second.cores, second.numa_node, second.nic) == ("4-5", 1, None)
     assert "longest common way" in machine.source_of("topology.places.0.nic").source
+
+
+def test_devices_that_share_no_host_bridge_are_not_near():
+    card = Path("/sys/devices/platform/a/0000:01:00.0")
+    assert nics_by_bus([Path("/sys/devices/platform/b/0000:02:00.0"), None, Path("/gone")], {"eth0": card}) == {}
+    card = Path("/sys/devices/pci0000:10/0000:11:00.0")
+    assert nics_by_bus([Path("/sys/devices/pci0000:10/0000:12:00.0")], {"eth0": card}) == {0: ["eth0"]}
 
 
 def test_a_numa_node_that_the_kernel_does_not_know_is_left_out(tmp_path):

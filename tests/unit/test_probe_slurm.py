@@ -58,6 +58,8 @@ def test_slurm_24_05_lists_the_partitions_of_this_node_first():
 
 def test_on_a_login_node_the_default_partition_comes_first_and_its_gpus_are_unseen():
     look = a_look("24.05", "login1")
+    run = look.run
+    look.run = lambda command: Answer("\n".join(run(command).text.splitlines()[::-1]), run(command).fault)
     assert [p.name for p in probe_slurm(look).partitions] == ["compute", "gpu"]
     assert look.unseen["slurm.devices"] == "scontrol show node login1 -o failed: not found"
 
