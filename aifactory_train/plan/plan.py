@@ -73,7 +73,7 @@ def make_plan(recipe: Recipe, machine: Machine, n_nodes: int = 1, cpu_ranks: int
         recipe_hash=fingerprint(recipe),
         machine=machine,
         # Facts alone: the same machine has the same hash whenever it was read.
-        machine_hash=fingerprint(machine.model_copy(update={"sources": []})),
+        machine_hash=fingerprint(machine.model_copy(update={"sources": [], "unseen": {}})),
         layout=layout,
         shape=shape,
         predicted=predicted,
