@@ -85,7 +85,10 @@ def _limit_faults(plan: Plan, slurm: Slurm, options: JobOptions) -> list[str]:
     """More than the partition or the QoS allows. A QoS that has a limit wins over the partition."""
     partition, qos, faults = partition_of(slurm, options), _qos_of(slurm, options), []
     named = f"partition {partition.name if partition else '?'}" + (f" with QoS {qos.name}" if qos else "")
-    n_nodes = plan.layout.n_nodes
+    n_nodes, per_node = plan.layout.n_nodes, plan.machine.device.per_node
+    if plan.layout.world_size != n_nodes * per_node:
+        what = f"{plan.layout.world_size} ranks on {n_nodes} node(s); the batch script starts {per_node} on each"
+        faults.append(_fault(what, "leave out --cpu-ranks"))
     most = (qos.max_nodes if qos else None) or (partition.max_nodes or partition.nodes if partition else None)
     if most is not None and n_nodes > most:
         faults.append(_fault(f"{n_nodes} nodes; {named} allows {most}", f"--nodes {most} or less"))

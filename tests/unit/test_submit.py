@@ -34,7 +34,7 @@ def planned(n_nodes: int = 1, wandb: str = "off", **machine: object) -> Plan:
     return plan.model_copy(
         update={
             "machine": site,
-            "layout": plan.layout.model_copy(update={"n_nodes": n_nodes}),
+            "layout": plan.layout.model_copy(update={"n_nodes": n_nodes, "world_size": n_nodes}),
             "recipe": plan.recipe.model_copy(update={"metrics": metrics, "data": data}),
         }
     )
@@ -83,6 +83,12 @@ def test_what_would_fail_in_the_queue_is_refused_with_what_to_type(plan, options
 def test_all_faults_are_told_at_once():
     text = faults(planned(9, wandb="online", internet=Internet(compute=False)), time="3:00:00")
     assert text.startswith("5 things would end this job") and text.count("    do: ") == 5
+
+
+def test_more_ranks_than_the_script_starts_are_refused():
+    plan = planned()
+    plan = plan.model_copy(update={"layout": plan.layout.model_copy(update={"world_size": 2})})
+    assert "2 ranks on 1 node(s); the batch script starts 1 on each" in faults(plan)
 
 
 def test_what_is_unknown_is_not_refused():
