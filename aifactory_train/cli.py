@@ -133,11 +133,11 @@ def _probe(args: argparse.Namespace) -> None:
     from aifactory_train.machine.compare import render_differences
     from aifactory_train.machine.load import load_machine, write_machine
     from aifactory_train.machine.machine import ByDtype, Measured
-    from aifactory_train.machine.probe import probe_local, with_measured
+    from aifactory_train.machine.probe import probe_machine, with_measured
     from aifactory_train.metrics.rates import measure_matmul_flops_per_s, measure_memory_bytes_per_s
     from aifactory_train.units import format_bytes_per_s, format_flops_per_s
 
-    machine = probe_local()
+    machine = probe_machine()
     if args.against is not None:
         print(render_differences(machine, load_machine(args.against)))
         return
