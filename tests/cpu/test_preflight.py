@@ -20,18 +20,30 @@ from training_runs import aifactory, write_corpus, write_recipe
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "OMPI_MCA_btl": "self,sm"}
 
-# A rank that dies, or hangs, inside a check of phase 1. The times are shortened for the test, not what is done.
+# One rank is broken at one point. Times are shortened and the good checks left out, to make the test quick.
 BROKEN_RANK = """
 import os, signal, sys, time
 from pathlib import Path
 from aifactory_train.faults.checks import Check
 from aifactory_train.train import meet, preflight
-meet.RENDEZVOUS_S = 5.0
-if os.environ["RANK"] == "1":
-    what = {"dies": lambda here: os.kill(os.getpid(), signal.SIGKILL), "hangs": lambda here: time.sleep(100)}
-    preflight.CHECKS = (Check("a broken device", what[sys.argv[2]]),)
-    preflight.LIMIT_S = meet.LIMIT_S = 3.0
-preflight.preflight(Path(sys.argv[1]))
+_, run, victim, where, how = sys.argv
+def die(*anything):
+    os.kill(os.getpid(), signal.SIGKILL)
+def hang(*anything):
+    time.sleep(100)
+def fail(*anything):
+    raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
+meet.RENDEZVOUS_S = meet.COLLECTIVE_S = 5.0
+meet.GOODBYE_S = 2.0
+preflight.CHECKS = ()
+if os.environ["RANK"] == victim:
+    broken = {"dies": die, "hangs": hang, "fails": fail}[how]
+    if where == "check":
+        preflight.CHECKS = (Check("a broken device", broken),)
+        preflight.LIMIT_S = 3.0
+    else:
+        meet.measure_collectives = broken
+preflight.preflight(Path(run))
 """
 
 
@@ -109,28 +121,70 @@ def test_a_machine_far_slower_than_its_file_is_not_fit(tmp_path: Path) -> None:
     assert all("matrix products (fp32) at" in r["faults"][0] for r in reports(run))
 
 
-def start_pair(run: Path, how: str) -> list[subprocess.Popen[str]]:
-    """Two ranks that nobody kills when the other one dies, as under srun without --kill-on-bad-exit."""
+@pytest.fixture(scope="module")
+def two_nodes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two nodes, n1 and n2, with one rank each."""
+    return plan_run(tmp_path_factory.mktemp("two"), small_machine(), "--nodes", 2)
+
+
+def run_pair(run: Path, victim: int, where: str, how: str) -> list[tuple[int, str]]:
+    """Exit code and words of two ranks that nobody kills when the other dies, as srun leaves them by default."""
+    for old in (run / "attempts" / "001" / "preflight").glob("*"):
+        old.unlink()
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     common = {**ENV, "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    command = [sys.executable, "-c", BROKEN_RANK, str(run), how]
-    return [
+    command = [sys.executable, "-c", BROKEN_RANK, str(run), str(victim), where, how]
+    t0_s = time.monotonic()
+    pair = [
         subprocess.Popen(command, env={**common, "RANK": str(r)}, stderr=subprocess.PIPE, text=True) for r in range(2)
     ]
-
-
-@pytest.mark.parametrize(("how", "code"), [("dies", -9), ("hangs", 5)])
-def test_a_rank_lost_in_phase_1_is_named_by_the_other_with_its_host(tmp_path: Path, how: str, code: int) -> None:
-    run = plan_run(tmp_path, small_machine(), "--nodes", 2)
-    t0_s = time.monotonic()
-    pair = start_pair(run, how)
     said = [process.communicate(timeout=60)[1] for process in pair]
-    assert [process.returncode for process in pair] == [5, code], said
     assert time.monotonic() - t0_s < 60
-    assert "1 of 2 ranks did not come: rank 1 on n2" in said[0] and "Traceback" not in said[0], said[0]
+    assert not any("Traceback" in words for words in said), said
+    return [(process.returncode, words) for process, words in zip(pair, said, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("victim", "where", "how", "codes", "said"),
+    [
+        (1, "check", "dies", [5, -9], "1 of 2 ranks did not come: rank 1 on n2"),
+        (1, "check", "hangs", [5, 5], "1 of 2 ranks did not come: rank 1 on n2"),
+        (0, "check", "dies", [-9, 5], "1 of 2 ranks did not answer: rank 0 on n1"),
+        (1, "collectives", "dies", [5, -9], "1 of 2 ranks went away during the collectives: rank 1 on n2"),
+        (0, "collectives", "dies", [-9, 5], "1 of 2 ranks went away during the collectives: rank 0 on n1"),
+    ],
+)
+def test_a_lost_rank_is_named_with_its_host_and_is_the_one_to_blame(
+    two_nodes: Path, victim: int, where: str, how: str, codes: list[int], said: str
+) -> None:
+    ends = run_pair(two_nodes, victim, where, how)
+    assert [code for code, _ in ends] == codes, ends
+    assert said in ends[1 - victim][1], ends
     if how == "hangs":
-        assert "did not end within 3 s: stuck at a broken device" in said[1], said[1]
-    fitness = judge(run / "attempts" / "001", ["n1", "n2"], 1)
-    assert (fitness.passing, list(fitness.failing)) == (["n1"], ["n2"]), fitness
+        assert "did not end within 3 s: stuck at a broken device" in ends[victim][1], ends
+    fitness = judge(two_nodes / "attempts" / "001", ["n1", "n2"], 1)
+    assert list(fitness.failing) == [f"n{victim + 1}"], fitness
+
+
+def test_a_check_that_raises_is_a_fault_of_its_node_and_the_other_does_not_wait(two_nodes: Path) -> None:
+    ends = run_pair(two_nodes, 1, "check", "fails")
+    assert [code for code, _ in ends] == [0, 5], ends
+    assert "a broken device: RuntimeError: CUDA error: uncorrectable ECC error encountered" in ends[1][1]
+    assert list(judge(two_nodes / "attempts" / "001", ["n1", "n2"], 1).failing) == ["n2"]
+
+
+def test_a_device_that_breaks_in_the_collectives_is_blamed_and_not_the_one_that_waited(two_nodes: Path) -> None:
+    ends = run_pair(two_nodes, 1, "collectives", "fails")
+    assert [code for code, _ in ends] == [5, 5], ends
+    assert "rank 1 (local rank 0) on host n2" in ends[1][1] and "uncorrectable ECC" in ends[1][1], ends
+    assert list(judge(two_nodes / "attempts" / "001", ["n1", "n2"], 1).failing) == ["n2"]
+
+
+def test_a_collective_that_hangs_on_one_rank_ends_in_time_and_blames_no_one(two_nodes: Path) -> None:
+    ends = run_pair(two_nodes, 1, "collectives", "hangs")
+    assert [code for code, _ in ends] == [5, 5], ends
+    assert "all-gather and all-reduce of 2 ranks: it did not end within 5 s" in ends[0][1], ends
+    fitness = judge(two_nodes / "attempts" / "001", ["n1", "n2"], 1)
+    assert fitness.failing == {} and "did not end within 5 s" in render_fitness(fitness)
