@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import shutil
 import threading
 import time
@@ -24,7 +23,7 @@ import torch.distributed as dist
 
 from aifactory_train.checkpoint.dcp import Stager, State, read_tensors, write_tensors
 from aifactory_train.errors import AifactoryError, CheckpointError, StorageError, storage_errors
-from aifactory_train.rundir import COMMIT, fsync_folder, step_folder, write_atomic
+from aifactory_train.rundir import COMMIT, committed_steps, fsync_folder, step_folder, write_atomic
 
 _READ_BYTES = 1 << 24
 
@@ -42,12 +41,6 @@ class Commit:
     @property
     def n_bytes(self) -> int:
         return sum(size for size, _ in self.files.values())
-
-
-def committed_steps(folder: Path) -> list[int]:
-    """Steps that have a COMMIT, in rising order."""
-    steps = (re.fullmatch(r"step-(\d+)", p.parent.name) for p in folder.glob(f"step-*/{COMMIT}"))
-    return sorted(int(m.group(1)) for m in steps if m)
 
 
 def read_commit(folder: Path, step: int) -> Commit:
@@ -112,7 +105,7 @@ class CheckpointManager:
         keep: how many commits stay; older ones are removed after each commit.
         asynchronous: write in a thread while training goes on.
         device: of this rank; the writing thread works on it.
-        on_commit: called on rank 0 with (commit, seconds) after each commit.
+        on_commit: called on rank 0 with (commit, seconds of staging and writing) after each commit.
     """
 
     def __init__(
@@ -131,6 +124,7 @@ class CheckpointManager:
         self._stager = Stager()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+        self._began_s = 0.0
         if self.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             for stale in folder.glob("step-*"):
@@ -167,6 +161,7 @@ class CheckpointManager:
             self.wait()
         except StorageError:
             failed = True  # on all ranks alike: `together` and DCP raise everywhere
+        self._began_s = time.monotonic()
         staged = self._stager.stage(state) if self.asynchronous else state
         self._thread = threading.Thread(
             target=self._write, args=(step, tokens, staged, model), name="checkpoint", daemon=True
@@ -174,6 +169,11 @@ class CheckpointManager:
         self._thread.start()
         if failed or not self.asynchronous:
             self.wait()
+
+    def under_way_s(self) -> float | None:
+        """For how long the save in the background has been at it on this rank; None if there is none."""
+        under_way = self._thread is not None and self._thread.is_alive()
+        return time.monotonic() - self._began_s if under_way else None
 
     def wait(self) -> None:
         """Until the save under way is committed. Raises StorageError where the disk refused it."""
@@ -185,7 +185,6 @@ class CheckpointManager:
             raise error
 
     def _write(self, step: int, tokens: int, state: State, model: dict[str, Any]) -> None:
-        t0_s = time.monotonic()
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # a new thread begins on device 0, and would wait for that one's copies
         final = step_folder(self.folder, step)
@@ -199,7 +198,7 @@ class CheckpointManager:
                 commit = Commit(step, tokens, self.world_size, model, {k: v for part in files for k, v in part.items()})
                 self.together(lambda: self._commit(commit, tmp, final) if self.rank == 0 else None)
                 if self.rank == 0 and self.on_commit is not None:
-                    self.on_commit(commit, time.monotonic() - t0_s)
+                    self.on_commit(commit, time.monotonic() - self._began_s)
         except BaseException as error:
             if isinstance(error, AifactoryError):
                 error.on_every_rank = True

@@ -6,10 +6,11 @@ and tells everybody, so nothing has to be configured; otherwise address and port
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -27,7 +28,10 @@ SLURM_PORTS = range(20000, 30000)
 
 @dataclass(frozen=True)
 class Ranks:
-    """Where this process stands in the run. `address` and `port` are those of rank 0's store."""
+    """Where this process stands in the run. `address` and `port` are those of rank 0's store.
+
+    `end_time_s`: when the job is cut off, seconds since the epoch; None where nobody said so.
+    """
 
     rank: int
     world_size: int
@@ -36,11 +40,16 @@ class Ranks:
     address: str
     port: int
     store: Any = None
+    end_time_s: float | None = None
 
 
 def find_ranks(timeout_s: float = RENDEZVOUS_TIMEOUT_S, env: Mapping[str, str] | None = None) -> Ranks:
     """Read off the environment who started us. Under MPI this is collective: all ranks arrive."""
     env = os.environ if env is None else env
+    return replace(_find_ranks(timeout_s, env), end_time_s=_end_time_s(env))
+
+
+def _find_ranks(timeout_s: float, env: Mapping[str, str]) -> Ranks:
     if "OMPI_COMM_WORLD_RANK" in env or ("PMI_RANK" in env and "SLURM_STEP_ID" not in env):
         return _from_mpi(timeout_s)
     if "RANK" in env and "WORLD_SIZE" in env:
@@ -84,6 +93,15 @@ def _from_slurm(env: Mapping[str, str]) -> Ranks:
     port = int(env.get("MASTER_PORT") or SLURM_PORTS[_integer(env, "SLURM_JOB_ID") % len(SLURM_PORTS)])
     rank, size = _integer(env, "SLURM_PROCID"), _integer(env, "SLURM_STEP_NUM_TASKS")
     return Ranks(rank, size, _integer(env, "SLURM_LOCALID"), "slurm", address, port)
+
+
+def _end_time_s(env: Mapping[str, str]) -> float | None:
+    """SLURM_JOB_END_TIME, which old versions do not set and scripts set to what squeue prints ("N/A", "")."""
+    try:
+        end_time_s = float(env.get("SLURM_JOB_END_TIME", ""))
+    except ValueError:
+        return None
+    return end_time_s if math.isfinite(end_time_s) and end_time_s > 0 else None
 
 
 def _integer(env: Mapping[str, str], name: str) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import socket
+import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,8 @@ from aifactory_train.checkpoint.export import load_huggingface
 from aifactory_train.checkpoint.manager import CheckpointManager, Commit
 from aifactory_train.data.loader import Loader
 from aifactory_train.data.shards import Prepared, check_fits_model, load_prepared
-from aifactory_train.errors import PlanError, storage_errors
+from aifactory_train.errors import AifactoryError, PlanError, RunFolderError, storage_errors
+from aifactory_train.faults.deadline import Deadline, estimate_save_s, measured_saves_s
 from aifactory_train.faults.signals import StopAgreement
 from aifactory_train.faults.stopflag import StopFlag
 from aifactory_train.metrics.meter import Meter
@@ -26,7 +29,7 @@ from aifactory_train.parallel.apply import apply_parallelism
 from aifactory_train.parallel.mesh import build_mesh
 from aifactory_train.plan.plan import Plan, load_plan
 from aifactory_train.results.provenance import provenance
-from aifactory_train.rundir import RunDir, log_event, read_jsonl, step_folder
+from aifactory_train.rundir import RunDir, hold, log_event, read_jsonl, step_folder
 from aifactory_train.train.engine import Engine
 from aifactory_train.train.engine_torch import TorchEngine
 from aifactory_train.train.ranks import RENDEZVOUS_TIMEOUT_S, Ranks, check_world_size, join
@@ -46,17 +49,24 @@ class Run:
     sinks: Sinks | None
     checkpoints: CheckpointManager
     stop: StopAgreement
+    deadline: Deadline
     first_step: int
+    held: ExitStack
 
     def state_dict(self) -> dict[str, Any]:
         """Model, optimizer and random states; the step is in the commit, and it is all that the data needs."""
         return {**self.engine.state_dict(), "rng": rng_state(self.ranks.rank)}
+
+    def is_out_of_time(self, step: int) -> bool:
+        """Whether to stop after `step` steps, so that a save is whole before the job's time is up."""
+        return self.deadline.is_near(step, self.checkpoints.under_way_s())
 
     def close(self) -> None:
         self.stop.close()
         self.engine.close()
         if self.sinks is not None:
             self.sinks.close()
+        self.held.close()
 
 
 def build_run(
@@ -78,12 +88,16 @@ def build_run(
     join(ranks, device, timeout_s)
     torch.manual_seed(plan.recipe.train.seed + ranks.rank)
 
+    held = _hold_folder(folder, ranks)
     prepared = load_prepared(plan.recipe.data)
     check_fits_model(prepared.manifest, plan.recipe.model.vocab_size)
-    attempt = 1 + sum(e["event"] == "start" for e in read_jsonl(folder.events))
+    events = read_jsonl(folder.events)
+    attempt = 1 + sum(e["event"] == "start" for e in events)
+    deadline = _build_deadline(plan, ranks, events)
     notes: list[str] = []
 
     def committed(commit: Commit, seconds: float) -> None:
+        deadline.add_save(seconds)
         log_event(folder, "commit", step=commit.step, seconds=round(seconds, 3), bytes=commit.n_bytes)
 
     every = plan.recipe.checkpoint
@@ -97,7 +111,9 @@ def build_run(
     loader = build_loader(plan, ranks, prepared, pin_memory=device.type == "cuda")
     first_step = commit.step if commit else 0
     if first_step < plan.recipe.n_steps:
+        t0_s = time.monotonic()
         engine.rehearse(loader.batch(first_step))
+        deadline.rehearsed(time.monotonic() - t0_s)
     sinks = None
     hosts = _hosts(ranks)
     if ranks.rank == 0:
@@ -108,7 +124,44 @@ def build_run(
         for note in [_headline(plan, device), prepared.describe(), *notes]:
             sinks.note(note)
     meter = Meter(plan, device, attempt)
-    return Run(folder, plan, ranks, engine, loader, meter, sinks, checkpoints, StopAgreement(stop_flag), first_step)
+    stop = StopAgreement(stop_flag)
+    return Run(folder, plan, ranks, engine, loader, meter, sinks, checkpoints, stop, deadline, first_step, held)
+
+
+def _hold_folder(folder: RunDir, ranks: Ranks) -> ExitStack:
+    """Under Slurm, keep other jobs off the run folder until this one ends; locally the launcher does.
+
+    Rank 0 holds it and tells all. Before anything of the folder is touched: a save that another job is writing
+    looks like one that a kill left behind.
+    """
+    held = ExitStack()
+    refused: list[AifactoryError | None] = [None]
+    if ranks.rank == 0 and ranks.source == "slurm":
+        busy = RunFolderError(
+            "another job trains this run",
+            where=str(folder.root),
+            do=f"wait until it has ended, or stop it: aifactory-train cancel {folder.root}",
+        )
+        try:
+            held.enter_context(hold(folder.root, busy))
+        except AifactoryError as error:
+            refused = [error]
+    dist.broadcast_object_list(refused)
+    if refused[0] is not None:
+        refused[0].on_every_rank = True
+        raise refused[0]
+    return held
+
+
+def _build_deadline(plan: Plan, ranks: Ranks, events: list[dict[str, Any]]) -> Deadline:
+    """On rank 0 that of the job; elsewhere one that never comes, since the ranks agree and clocks differ."""
+    bytes_, n_ranks = plan.predicted.memory_bytes, ranks.world_size
+    return Deadline(
+        ranks.end_time_s if ranks.rank == 0 else None,
+        plan.recipe.checkpoint.every_steps,
+        estimate_save_s(bytes_["parameters"] + bytes_["optimizer_state"], n_ranks),
+        measured_saves_s(events, n_ranks),
+    )
 
 
 def pick_device(plan: Plan, ranks: Ranks) -> torch.device:

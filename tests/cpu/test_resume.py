@@ -147,14 +147,16 @@ def test_the_second_signal_kills(words, tmp_path):
         raise
 
 
-def test_a_signal_during_start_up_is_heeded_after_the_first_step(words, tmp_path):
+def test_a_signal_during_start_up_is_heeded_before_the_first_step(words, tmp_path):
     recipe, run = write_recipe(tmp_path, **words, train__budget_tokens=10**8), tmp_path / "run"
     process = start_launch(recipe, run, 2)
     wait_until(lambda: len(pids(run)) >= 2, "the ranks")
     time.sleep(0.7)  # torch is being loaded
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 143
-    assert committed_steps(RunDir(run).checkpoints)[-1] <= 2
+    assert read_jsonl(RunDir(run).metrics) == [] == committed_steps(RunDir(run).checkpoints)
+    stop = read_jsonl(RunDir(run).events)[-1]
+    assert (stop["event"], stop["step"], stop["signal"]) == ("stop", 0, "SIGUSR2")
 
 
 def test_a_run_whose_launcher_died_is_not_started_a_second_time(words, tmp_path):

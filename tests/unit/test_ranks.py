@@ -40,6 +40,17 @@ def test_a_batch_shell_without_srun_is_alone():
     assert find_ranks(env=batch).world_size == 1
 
 
+def test_the_end_of_the_job_is_known_under_every_launcher():
+    for env in ({}, TORCHRUN, SLURM):
+        assert find_ranks(env={**env, "SLURM_JOB_END_TIME": "1790000000"}).end_time_s == 1790000000.0
+        assert find_ranks(env=env).end_time_s is None
+
+
+@pytest.mark.parametrize("text", ["", " ", "N/A", "UNLIMITED", "inf", "nan", "0", "-5", "12:00:00"])
+def test_an_end_that_is_no_time_is_no_end(text):
+    assert find_ranks(env={"SLURM_JOB_END_TIME": text}).end_time_s is None
+
+
 @pytest.mark.parametrize(
     "nodelist, host",
     [
