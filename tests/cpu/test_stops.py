@@ -12,7 +12,7 @@ import pytest
 
 from aifactory_train.checkpoint.manager import committed_steps
 from aifactory_train.rundir import RunDir, read_jsonl
-from training_runs import aifactory, pids, start_launch, wait_until, write_recipe
+from training_runs import aifactory, kill_ranks, pids, start_launch, wait_until, write_recipe
 
 # With the slowest start that a busy machine has shown, and far below the time-out of a collective.
 BOUND_S = 60
@@ -80,7 +80,10 @@ def test_a_signal_to_any_rank_stops_all_with_a_save(words, tmp_path, number, ran
         rank = mpi_rank(pid)
         if rank is not None and rank in ranks:
             os.kill(pid, number)
-    assert process.wait(timeout=BOUND_S) == 143
+    try:
+        assert process.wait(timeout=BOUND_S) == 143
+    finally:
+        kill_ranks(run)
     stop = read_jsonl(RunDir(run).events)[-1]
     assert (stop["event"], stop["signal"]) == ("stop", number.name)
     assert committed_steps(RunDir(run).checkpoints)[-1] == stop["step"] == last_step(run)
