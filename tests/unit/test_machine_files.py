@@ -178,7 +178,14 @@ FAULTS = {
         "4 ranks of 17 need 68 cores, a job may use 64 of a node; lower it to 16",
     ),
     "threads counted as cores": (slurm(cpus_per_task=32), "4 ranks of 32 need 128 cores, a job may use 64 of a node"),
-    "threads that count as CPUs": (both(slurm(cpus_per_task=32, directives=[]), without("slurm.directives")), None),
+    "threads that count as CPUs": (
+        both(
+            slurm(cpus_per_task=32, directives=[], srun_options=[]),
+            without("slurm.directives"),
+            without("slurm.srun_options"),
+        ),
+        None,
+    ),
     "a job of more nodes than there are": (
         lambda data: data["slurm"]["partitions"][0].update(max_nodes=201),
         "slurm.partitions.gpu.max_nodes: 201, more than the nodes that there are, 200",
