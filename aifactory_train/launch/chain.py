@@ -37,6 +37,8 @@ from aifactory_train.units import format_fraction, format_seconds
 SUBMIT_NEXT = 75  # EX_TEMPFAIL of sysexits.h, which no rank ends with
 # Slurm sends SIGTERM when the wall time is over; with more than this left, somebody else ended the job.
 _AT_THE_LIMIT_S = 60.0
+# A job that kills its nodes, or a site that drains what a failed job leaves behind, would try one node after the other.
+_MOST_IN_VAIN = 5
 # As faults/guard.py says it. Resumed at the same commit, the same steps lead there again.
 _NOT_FINITE = re.compile(r"(loss|grad_norm) is ")
 
@@ -68,6 +70,7 @@ def begin(
 
     Raises:
         UserError: recipe, machine and run folder do not fit together.
+        TrainingFault: Slurm has started this job again and again, and nothing was saved.
     """
     begin_s = round(time.time(), 3)
     plan = make_plan(load_recipe(recipe), load_machine(machine), n_nodes)
@@ -77,11 +80,17 @@ def begin(
     if no_work:
         print(no_work, file=sys.stderr)
         return None
+    first_step = _newest_commit(folder)
+    if (n := in_vain(read_attempts(folder), job_id, first_step)) >= _MOST_IN_VAIN:
+        raise TrainingFault(
+            f"the last {n} attempts have saved nothing; job {job_id} does not try again",
+            where=str(folder.attempts),
+            do="see their log.txt and what the nodes died of, mend it, and launch again",
+        )
     write_run_folder(plan, folder)
     note_job(folder, job_id)
     number = folder.last_attempt() + 1
     attempt = folder.attempt(number)
-    first_step = _newest_commit(folder)
     with storage_errors("making the attempt's folder", attempt, "free some space and launch again"):
         attempt.mkdir(parents=True)
     write_part(attempt / "job.json", Job(job_id, node_list, n_nodes, begin_s, end_time_s, first_step))
@@ -125,13 +134,17 @@ def end(attempt: Path, exit_code: int, down_nodes: str, terminated: bool) -> int
         )
     this, before = attempts[index], attempts[:index]
     known_bad = {host for a in before if a.end for host in expand(a.end.excluded)}
-    bad = [host for host in expand(down_nodes) if host in expand(job.node_list)]
+    own = set(expand(job.node_list))
+    bad = [host for host in expand(down_nodes) if host in own]
     fault = str((this.newest("fault") or {}).get("message", ""))
-    if exit_code == PreflightFault.exit_code:
+    # A node can also be so broken that it kills its ranks, in the preflight or before they have said a word.
+    killed = exit_code > 128 and exit_code != Interrupted.exit_code and not terminated and not this.newest("start")
+    if exit_code == PreflightFault.exit_code or killed:
         unfit, found = _unfit(this, job, plan, before)
-        bad += unfit
-        fault = "; ".join(found.splitlines()[:2])
-        print(found, file=sys.stderr)
+        if unfit or not killed:
+            bad += unfit
+            fault = "; ".join(found.splitlines()[:2])
+            print(found, file=sys.stderr)
     outcome = Outcome(
         exit_code=exit_code,
         finished=is_finished(run, plan.recipe.n_steps),
@@ -144,6 +157,7 @@ def end(attempt: Path, exit_code: int, down_nodes: str, terminated: bool) -> int
         fault=fault,
         newly_bad=[host for host in bad if host not in known_bad],
         log=this.log,
+        in_vain=in_vain(before, job.job_id, job.first_step),
     )
     decision = decide(outcome)
     excluded = compress([*sorted(known_bad), *outcome.newly_bad])
@@ -180,6 +194,7 @@ class Outcome:
     first_step, last_step: newest commit when it began and when it ended.
     fault: what the ranks, or the preflight, said of the error that ended them; "" if nothing.
     newly_bad: nodes that this attempt found unfit or lost, and none before it.
+    in_vain: attempts in a row before it that saved nothing.
     """
 
     exit_code: int
@@ -193,6 +208,7 @@ class Outcome:
     fault: str
     newly_bad: list[str]
     log: Path
+    in_vain: int = 0
 
 
 @dataclass(frozen=True)
@@ -207,8 +223,9 @@ class Decision:
 def decide(outcome: Outcome) -> Decision:
     """Done, the next job, or stop."""
     o = outcome
-    if o.exit_code == 0 and o.finished:
-        return Decision("done", f"all {o.n_steps} steps are trained and saved", 0)
+    if o.finished:
+        later = f"; afterwards {_ended(o)}" if o.exit_code else ""
+        return Decision("done", f"all {o.n_steps} steps are trained and saved{later}", 0)
     if o.cancelled:
         return Decision("stop", f"the run was cancelled; {_kept(o)}; to go on, launch it again", Interrupted.exit_code)
     if _NOT_FINITE.match(o.fault):
@@ -224,10 +241,12 @@ def decide(outcome: Outcome) -> Decision:
     if o.last_step > o.first_step:
         left_out = f", without {compress(o.newly_bad)}" if o.newly_bad else ""
         return Decision("next", f"{_ended(o)}; {_kept(o)}; the next job goes on from there{left_out}", SUBMIT_NEXT)
-    if o.newly_bad:
+    if o.newly_bad and o.in_vain + 1 < _MOST_IN_VAIN:
         reason = f"{_ended(o)}; the next job does without {compress(o.newly_bad)}"
         return Decision("next", reason, SUBMIT_NEXT)
-    if o.exit_code == Interrupted.exit_code:
+    if o.newly_bad:
+        do = f"so did {o.in_vain} attempts before it on other nodes; see {o.log}, mend what it names, and launch again"
+    elif o.exit_code == Interrupted.exit_code:
         do = f"give the job more wall time (--time), or see in {o.log} what it waited for, and launch again"
     else:
         do = f"the next job would end alike; see {o.log}, mend what it names, and launch again"
@@ -285,6 +304,19 @@ def _no_work(run: RunDir, plan: Plan, job_id: str) -> str:
         note_job(run, other)  # should Slurm start that one again, it must not step back for us
         return f"job {other} is training {run.root} right now; job {job_id} leaves it alone"
     return ""
+
+
+def in_vain(before: list[Attempt], job_id: str, first_step: int) -> int:
+    """How many attempts directly before one at this commit saved nothing, since somebody launched the run."""
+    n = 0
+    for attempt in reversed(before):
+        if attempt.job is None or attempt.job.first_step != first_step:
+            break
+        went_on = attempt.job.job_id == job_id if attempt.end is None else attempt.end.verdict == "next"
+        if not went_on:
+            break
+        n += 1
+    return n
 
 
 def _training_now(run: RunDir, job_id: str) -> str | None:

@@ -137,6 +137,9 @@ def _state(run: RunDir, plan: Plan, attempts: list[Attempt], jobs: list[QueuedJo
         return f"stopped: job {submitted[-1]} is gone and never began; see its slurm-{submitted[-1]}.out"
     last = attempts[-1]
     if last.end is not None and last.end.verdict == "next":
+        newest = job_ids(run)[-1:]
+        if last.job is not None and newest and newest != [last.job.job_id]:
+            return f"stopped: job {newest[0]} is gone and never began; see slurm-{newest[0]}.out, and launch again"
         return "stopped: the next job was not submitted, or was taken out of the queue; launch again"
     return f"stopped: {_reason(last)}"
 

@@ -5,11 +5,11 @@ import types
 
 import pytest
 
-from aifactory_train.errors import MachineError, RunFolderError
+from aifactory_train.errors import MachineError, RunFolderError, TrainingFault
 from aifactory_train.hostlist import expand
 from aifactory_train.launch import chain, squeue
 from aifactory_train.launch.attempts import account, read_attempts
-from aifactory_train.launch.chain import Outcome, decide, job_ids, note_job
+from aifactory_train.launch.chain import job_ids, note_job
 from aifactory_train.plan.plan import load_plan
 from aifactory_train.rundir import COMMIT, RunDir, append_jsonl, committed_steps, step_folder, write_atomic
 from aifactory_train.strictyaml import configs_dir
@@ -67,88 +67,6 @@ def event(run, kind, clock, **fields):
     append_jsonl(RunDir(run).events, {"time_s": clock.s, "event": kind, **fields})
 
 
-def outcome(**changes):
-    usual = {
-        "exit_code": 143, "finished": False, "cancelled": False, "terminated": False, "left_s": 3000.0,
-        "first_step": 100, "last_step": 100, "n_steps": 300, "fault": "", "newly_bad": [],
-        "log": "attempts/002/log.txt",
-    }  # fmt: skip
-    return Outcome(**{**usual, **changes})
-
-
-def decided(**changes):
-    decision = decide(outcome(**changes))
-    return decision.verdict, decision.code
-
-
-FAILURES = (1, 3, 4, 5, 134, 137, 139, 255)
-
-
-def test_a_finished_run_is_done_whatever_else_happened():
-    assert decided(exit_code=0, finished=True, last_step=300) == ("done", 0)
-    assert decided(exit_code=0, finished=True, cancelled=True, terminated=True) == ("done", 0)
-
-
-@pytest.mark.parametrize("code", (0, 143, *FAILURES))
-def test_progress_goes_on_in_the_next_job_however_the_ranks_ended(code):
-    assert decided(exit_code=code, last_step=120) == ("next", 75)
-
-
-@pytest.mark.parametrize("code", (143, *FAILURES))
-def test_no_progress_stops_with_the_ranks_own_code_and_what_to_look_at(code):
-    decision = decide(outcome(exit_code=code))
-    assert (decision.verdict, decision.code) == ("stop", code)
-    assert decision.reason.startswith("no progress: ") and "attempts/002/log.txt" in decision.reason
-    assert "launch again" in decision.reason and "step 100 of 300 is saved" in decision.reason
-
-
-def test_ranks_that_ended_well_and_early_without_progress_do_not_pass_for_success():
-    assert decided(exit_code=0) == ("stop", 1)
-    assert decided(exit_code=75) == ("stop", 1), "the batch script would submit the next job"
-    assert decided(exit_code=0, finished=False, first_step=0, last_step=0) == ("stop", 1)
-
-
-@pytest.mark.parametrize("code", FAILURES)
-def test_a_node_newly_found_bad_is_worth_another_try(code):
-    decision = decide(outcome(exit_code=code, newly_bad=["n3", "n4"]))
-    assert (decision.verdict, decision.code) == ("next", 75) and "without n[3-4]" in decision.reason
-
-
-def test_both_progress_and_a_bad_node_are_told():
-    reason = decide(outcome(exit_code=137, last_step=120, newly_bad=["n3"])).reason
-    assert "SIGKILL" in reason and "step 120 of 300 is saved" in reason and "without n3" in reason
-
-
-@pytest.mark.parametrize("changes", [{}, {"last_step": 200}, {"newly_bad": ["n1"]}, {"terminated": True}])
-def test_a_mistake_of_the_user_stops(changes):
-    assert decided(exit_code=2, **changes) == ("stop", 2)
-
-
-@pytest.mark.parametrize("fault", ["loss is nan at step 150", "grad_norm is inf at step 150"])
-@pytest.mark.parametrize("changes", [{}, {"last_step": 200}, {"newly_bad": ["n1"]}, {"exit_code": 137}])
-def test_a_loss_that_is_no_number_stops_although_there_was_progress(fault, changes):
-    decision = decide(outcome(**{"exit_code": 4, "fault": fault, **changes}))
-    assert decision.verdict == "stop" and decision.code in (4, 137)
-    assert fault in decision.reason and "optim.lr" in decision.reason
-
-
-def test_another_fault_with_progress_goes_on_and_its_words_are_kept():
-    decision = decide(outcome(exit_code=4, last_step=120, fault="another rank went away: the loss is gone"))
-    assert decision.verdict == "next" and "another rank went away" in decision.reason
-
-
-@pytest.mark.parametrize("code", (0, 143, *FAILURES))
-def test_a_cancelled_run_stops_with_143(code):
-    decision = decide(outcome(exit_code=code, cancelled=True, last_step=120, newly_bad=["n1"]))
-    assert (decision.verdict, decision.code) == ("stop", 143) and "cancelled" in decision.reason
-
-
-@pytest.mark.parametrize(("left_s", "verdict"), [(None, "stop"), (61.0, "stop"), (60.0, "next"), (-5.0, "next")])
-def test_a_job_that_is_ended_long_before_its_limit_was_ended_by_somebody(left_s, verdict):
-    decision = decide(outcome(terminated=True, left_s=left_s, last_step=120))
-    assert decision.verdict == verdict and decision.code == (143 if verdict == "stop" else 75)
-
-
 def test_begin_writes_the_folder_that_the_ranks_and_the_end_need(tmp_path, machine, clock):
     run = tmp_path / "run"
     attempt = begin(run, machine, end_time_s=clock.s + 3600)
@@ -172,6 +90,37 @@ def test_a_requeued_job_gets_another_folder_and_resumes_at_the_newest_commit(tmp
     attempt = begin(tmp_path / "run", machine, nodes="n[3-4]")
     assert attempt.name == "002" and json.loads((attempt / "job.json").read_text())["first_step"] == 100
     assert job_ids(RunDir(tmp_path / "run")) == ["101"]
+
+
+def test_slurm_cannot_start_a_job_for_ever_that_kills_its_nodes(tmp_path, machine, clock):
+    run = tmp_path / "run"
+    begin(run, machine, "101")
+    commit(run, 40)
+    for _ in range(5):
+        begin(run, machine, "101")
+        clock.s += 60
+    with pytest.raises(TrainingFault, match="the last 5 attempts have saved nothing; job 101"):
+        begin(run, machine, "101")
+    assert begin(run, machine, "102").name == "007", "somebody has launched it again"
+    commit(run, 60)
+    assert begin(run, machine, "102").name == "008"
+
+
+def test_attempts_in_vain_count_since_the_last_launch_and_the_last_commit(tmp_path, machine, clock):
+    run = tmp_path / "run"
+
+    def chain_of(job_ids, then):
+        codes = []
+        for job_id in job_ids:
+            attempt = begin(run, machine, job_id, nodes=f"n[{job_id},{job_id}0]")
+            clock.s += 60
+            codes.append(chain.end(attempt, 137, f"n{job_id}", False))
+        assert codes == then
+
+    chain_of(["1", "2", "3", "4", "5"], [75, 75, 75, 75, 137])
+    chain_of(["6", "7"], [75, 75])
+    commit(run, 10)
+    chain_of(["8", "9", "10", "11", "12"], [75, 75, 75, 75, 137])
 
 
 def test_a_job_that_another_has_taken_over_does_nothing(tmp_path, machine, capsys):
@@ -336,6 +285,18 @@ def test_nodes_that_failed_the_preflight_are_left_out(tmp_path, machine, capsys)
     out, err = capsys.readouterr()
     assert out == "--exclude=n2\n" and "1 GPU of 2 is there" in err and "1 of 2 nodes not fit: n2" in err
     assert json.loads((attempt / "preflight.json").read_text())["failing"] == "n2"
+
+
+@pytest.mark.parametrize("code", (137, 139, 142))
+def test_a_node_that_kills_its_ranks_in_the_preflight_is_left_out_too(tmp_path, machine, clock, capsys, code):
+    attempt = begin(tmp_path / "run", machine)
+    preflight(attempt, ["n1", "n2"], [])
+    (attempt / "preflight" / "rank-00003.json").unlink()
+    assert chain.end(attempt, code, "", True) == 143, "ranks that were told to end have no report either"
+    assert chain.end(attempt, code, "", False) == 75
+    assert capsys.readouterr().out == "--exclude=n2\n" and "no report of rank 3" in ended(attempt)["reason"]
+    event(tmp_path / "run", "start", clock, attempt=1, step=0)
+    assert chain.end(attempt, code, "", False) == code, "it was killed in training: the preflight is no witness"
 
 
 def test_where_no_node_is_fit_the_nodes_are_not_blamed(tmp_path, machine, capsys):

@@ -160,6 +160,8 @@ def test_a_chain_whose_next_job_is_missing_says_so(run, slurm):
     attempt(run, 1)
     ended(run, 1, 20, "next", "the ranks were told to stop")
     assert "the next job was not submitted" in shown(run, "state")[0]
+    note_job(run, "2159009")
+    assert "job 2159009 is gone and never began; see slurm-2159009.out" in shown(run, "state")[0]
 
 
 def test_a_job_that_is_gone_without_a_word_is_not_shown_as_running(run, slurm):
