@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +89,25 @@ class Chain:
         for pid, there in pids.items():
             if node in (None, there):
                 os.kill(pid, number)
+
+    def slow_down(self, seconds: float, until: Callable[[], object]) -> None:
+        """Hold the ranks still for so long after each step or so."""
+        while not until():
+            before = self.last_step()
+            self._send(signal.SIGSTOP)
+            time.sleep(seconds)
+            self._send(signal.SIGCONT)
+            poll(lambda before=before: until() or self.last_step() > before, "a step", 60, self.story)
+
+    def _send(self, number: int) -> None:
+        for pid in self.cluster.ranks("train", self.run.root):
+            try:
+                os.kill(pid, number)
+            except ProcessLookupError:
+                continue
+
+    def log(self, attempt: int) -> str:
+        return (self.run.attempt(attempt) / "log.txt").read_text()
 
     def wasted(self) -> str:
         """The last line in which a batch script has told it."""

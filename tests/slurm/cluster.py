@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel", "sinfo")
+PROGRAMS = ("setpriv", "munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel", "sinfo")
 # Debian installs the daemons here, which is not on every user's PATH.
 SBIN = "/usr/sbin"
 # Below the ephemeral range, and clear of the ports that ranks derive from their job id (20000 to 29999).
@@ -95,10 +95,14 @@ class Daemons:
         self._started: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self, name: str, *command: object) -> None:
-        """In the foreground of a session of its own, so that Ctrl-C in the terminal does not reach it."""
+        """In the foreground of a session of its own, so that Ctrl-C in the terminal does not reach it.
+
+        `stop` ends it; should the tests be killed before that, the kernel does.
+        """
+        words = [find_program(str(word)) or str(word) for word in command]
         with open(self.folder / f"{name}.out", "ab") as out:
             self._started[name] = subprocess.Popen(
-                [find_program(str(word)) or str(word) for word in command],
+                ["setpriv", "--pdeathsig", "KILL", *words],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,
@@ -264,6 +268,15 @@ class Cluster(Daemons):
             self.kill_node(name)
             self.start_node(name)
             self.wait_for_nodes()
+
+    def settle(self) -> None:
+        """Whatever a test has left: no job, and all nodes up."""
+        for job in self.jobs():
+            self.run("scancel", job)
+        for node in self.nodes:
+            if self._started[node].poll() is not None:
+                self.start_node(node)
+        self.wait_for_nodes()
 
     def ranks(self, verb: str, run: Path) -> dict[int, str]:
         """Process id -> node of the Pythons that run `verb` on a run folder, without the sruns around them."""

@@ -31,3 +31,10 @@ def cluster(munge: Munge, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     slurm = Cluster(tmp_path_factory.mktemp("slurm"), munge, 3)
     yield slurm
     slurm.stop()
+
+
+@pytest.fixture
+def settled(cluster: Cluster) -> Iterator[Cluster]:
+    """The cluster, cleared of what the test leaves behind."""
+    yield cluster
+    cluster.settle()

@@ -19,7 +19,10 @@ from slurm.cluster import Cluster, poll
 from training_runs import write_recipe
 
 # A few seconds of training; a save every tenth step.
-STEPS = 200
+STEPS = 120
+
+
+pytestmark = pytest.mark.usefixtures("settled")
 
 
 @pytest.fixture(scope="module")
@@ -53,15 +56,13 @@ def test_a_launcher_trains_on_two_nodes_from_sbatch_to_the_report(whole, tmp_pat
 
 
 def test_a_time_limit_shorter_than_the_run_costs_a_save_and_no_step(cluster, recipe, whole, tmp_path, capsys):
-    """The ranks are held still in the middle, so that the limit comes before the end on any machine."""
+    """The ranks are slowed down after some steps, so that the limit comes before the end on any machine."""
     chain = Chain(cluster, recipe, tmp_path / "run")
     startup_s = whole.attempt(1, "end.json")["startup_s"]
     chain.launch("--time", math.ceil((startup_s + 35) / 60))
-    chain.wait_for_step(STEPS // 3)
+    chain.wait_for_step(15)
     end_s = chain.attempt(1, "job.json")["end_time_s"]
-    chain.signal_ranks(signal.SIGSTOP)
-    time.sleep(max(0.0, end_s - 20 - time.time()))
-    chain.signal_ranks(signal.SIGCONT)
+    chain.slow_down(1.0, until=lambda: chain.events("stop") or time.time() > end_s)
     chain.wait_for_end()
     assert chain.ends()[0] == (143, "next") and chain.ends()[-1] == (0, "done")
     assert chain.attempt(1, "end.json")["end_s"] < end_s, "it left before Slurm would have killed it"
@@ -87,36 +88,29 @@ def test_usr2_by_scancel_and_sigterm_of_one_rank_end_in_the_next_job(cluster, re
     assert [chain.attempt(n, "end.json")["redone_steps"] for n in (2, 3)] == [0, 0]
 
 
-def test_a_node_that_dies_under_its_rank_costs_the_steps_since_the_last_commit(cluster, recipe, whole, tmp_path):
-    chain = Chain(cluster, recipe, tmp_path / "run")
-    chain.launch()
-    chain.wait_for_step(45)
-    lost = chain.attempt_nodes()[-1]
-    assert cluster.kill_node(lost) >= 3, "slurmd, slurmstepd and the rank"
-    poll(lambda: chain.run.last_attempt() > 1 or lost in down(cluster), "a next job, or the node down", 90, chain.story)
-    cluster.start_node(lost)
-    chain.wait_for_end()
-    assert chain.ends()[-1] == (0, "done") and len(chain.ends()) >= 2
-    assert chain.curve() == whole.curve()
-    assert sum(chain.attempt(n, "end.json")["redone_steps"] for n in range(2, len(chain.ends()) + 1)) <= 20
-
-
-def test_a_job_that_slurm_starts_again_under_its_id_appends_to_its_logs(cluster, recipe, whole, tmp_path):
+def test_nodes_that_die_cost_the_steps_since_the_last_commit_and_no_line_of_a_log(cluster, recipe, whole, tmp_path):
+    """First the node that has a rank only, then the one with the batch script; Slurm starts the job again each time."""
     chain = Chain(cluster, recipe, tmp_path / "run")
     job = chain.launch()
-    chain.wait_for_step(45)
-    said, log = chain.said(), (chain.run.attempt(1) / "log.txt").read_text()
-    metrics = chain.run.metrics.read_text().splitlines()
-    first = chain.attempt_nodes()[0]
-    assert cluster.kill_node(first) >= 4, "slurmd, slurmstepd, the batch script and the rank"
-    cluster.start_node(first)
+    chain.wait_for_step(25)
+    lose_node(chain, chain.attempt_nodes()[-1], 3)
+    chain.wait_for_step(chain.committed() + 25, attempt=2)
+    said, log, metrics = chain.said(), chain.log(2), chain.run.metrics.read_text()
+    lose_node(chain, chain.attempt_nodes()[0], 4)
     chain.wait_for_end()
-    assert set(chain.job_ids()) == {job} and cluster.job(job)["Restarts"] == "1"
-    assert chain.ends() == [(0, ""), (0, "done")], "nothing was left to write end.json of the first"
-    assert chain.said().startswith(said) and "attempts/001" in said and "attempts/002" in chain.said()
-    assert (chain.run.attempt(1) / "log.txt").read_text().startswith(log)
-    assert set(metrics) <= set(chain.run.metrics.read_text().splitlines())
+    assert set(chain.job_ids()) == {job} and cluster.job(job)["Restarts"] == "2"
+    assert chain.ends()[1:] == [(0, ""), (0, "done")], "nothing was left to write end.json of the second"
+    assert chain.said().startswith(said) and all(f"attempts/00{n}" in chain.said() for n in (1, 2, 3))
+    assert chain.log(2).startswith(log), "the log of an attempt stays"
+    assert chain.run.metrics.read_text().startswith(metrics), "what was logged before stays"
     assert chain.curve() == whole.curve()
+
+
+def lose_node(chain: Chain, node: str, least: int) -> None:
+    """Kill all on a node, wait until Slurm has seen it, and let the node come back."""
+    assert chain.cluster.kill_node(node) >= least, "slurmd, the batch script if there, slurmstepd and the rank"
+    poll(lambda: down(chain.cluster) == node, f"{node} down", 90, chain.story)
+    chain.cluster.start_node(node)
 
 
 def test_scancel_ends_the_chain(cluster, recipe, tmp_path):
