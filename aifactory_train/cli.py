@@ -102,8 +102,8 @@ def _add_job_options(launch: argparse.ArgumentParser) -> None:
     launch.add_argument("--account", help="project that pays")
     launch.add_argument("--partition", help="instead of the machine's default")
     launch.add_argument("--qos", help="instead of the machine's default")
-    launch.add_argument("--container", metavar="IMAGE", help="run Python inside this image, as the site runs images")
-    launch.add_argument("--python", metavar="FILE", help="Python on the compute nodes (default: this one)")
+    launch.add_argument("--container", metavar="IMAGE", help="run Python inside this image; none: not in the site's")
+    launch.add_argument("--python", metavar="FILE", help="Python on the compute nodes, or inside the image")
     launch.add_argument("--dry-run", action="store_true", help="print the command and the script; submit nothing")
 
 

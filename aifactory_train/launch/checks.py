@@ -14,6 +14,8 @@ from aifactory_train.machine.site import Partition, Qos, Slurm
 from aifactory_train.plan.plan import Plan
 from aifactory_train.units import format_seconds, parse_slurm_time_s
 
+NO_CONTAINER = "none"  # as --container, where the machine file names an image
+
 
 @dataclass(frozen=True)
 class JobOptions:
@@ -57,6 +59,13 @@ def partition_of(slurm: Slurm, options: JobOptions) -> Partition | None:
     return next((p for p in slurm.partitions if p.name == wanted), None)
 
 
+def image_of(machine: Machine, options: JobOptions) -> str | None:
+    """The image that the ranks will run in: the user's, or the site's; None for none."""
+    if options.container is not None:
+        return None if options.container == NO_CONTAINER else options.container
+    return machine.container.image if machine.container is not None else None
+
+
 def _qos_of(slurm: Slurm, options: JobOptions) -> Qos | None:
     wanted = options.qos or slurm.default_qos
     return next((q for q in slurm.qos if q.name == wanted), None)
@@ -76,8 +85,9 @@ def _account_faults(machine: Machine, slurm: Slurm, options: JobOptions) -> list
         faults.append(_fault(f"partition {options.partition!r} is not in the machine file", f"one of {known}"))
     if options.container and machine.container is None:
         faults.append(_fault("a container is given, and the machine file names no runtime", "leave out --container"))
-    if options.container and "/" in options.container and not Path(options.container).exists():
-        faults.append(_fault(f"there is no image {options.container}", "--container IMAGE that exists"))
+    image = image_of(machine, options)
+    if image and image.startswith(("/", "./", "../")) and not Path(image).exists() and not options.dry_run:
+        faults.append(_fault(f"there is no image {image}", f"--container IMAGE, or --container {NO_CONTAINER}"))
     return faults
 
 
@@ -109,8 +119,7 @@ def _limit_faults(plan: Plan, slurm: Slurm, options: JobOptions) -> list[str]:
 
 def _python_faults(machine: Machine, options: JobOptions) -> list[str]:
     here, there = platform.machine(), machine.host.architecture
-    image = options.container or (machine.container.image if machine.container else None)
-    if there is None or there == here or options.python or image:
+    if there is None or there == here or options.python or image_of(machine, options):
         return []
     return [_fault(f"this Python is for {here}, the compute nodes are {there}", "--python FILE or --container IMAGE")]
 

@@ -10,11 +10,12 @@ from pathlib import Path
 
 from aifactory_train.errors import MachineError, RunFolderError, storage_errors
 from aifactory_train.launch.chain import note_job
-from aifactory_train.launch.checks import JobOptions, check_job, partition_of
+from aifactory_train.launch.checks import NO_CONTAINER, JobOptions, check_job, image_of, partition_of
 from aifactory_train.launch.env import submit_environment
 from aifactory_train.launch.local import check_run_folder, write_run_folder
 from aifactory_train.launch.slurm import DEFAULT_TIME_H, render_job
 from aifactory_train.launch.status import live_jobs
+from aifactory_train.machine.machine import Machine
 from aifactory_train.plan.cost import render_cost
 from aifactory_train.plan.plan import Plan
 from aifactory_train.rundir import RunDir, is_finished, write_atomic
@@ -48,7 +49,7 @@ def launch_job(plan: Plan, run: RunDir, options: JobOptions, recipe_path: Path) 
         write_run_folder(plan, run)
         write_atomic(run.job_script, script)
         run.cancelled.unlink(missing_ok=True)
-    job_id = submit(command, options)
+    job_id = submit(command, plan.machine, options)
     note_job(run, job_id)
     rows = [
         ("job", job_id),
@@ -77,7 +78,7 @@ def sbatch_command(plan: Plan, run: RunDir, options: JobOptions) -> list[str]:
     return ["sbatch", "--parsable", *words, str(run.job_script), str(run.recipe), str(run.root), str(run.machine)]
 
 
-def submit(command: list[str], options: JobOptions) -> str:
+def submit(command: list[str], machine: Machine, options: JobOptions) -> str:
     """The id of the new job. Raises MachineError with what Slurm says."""
     if shutil.which(command[0]) is None:
         raise MachineError(
@@ -85,11 +86,12 @@ def submit(command: list[str], options: JobOptions) -> str:
             where="launch",
             do="run it on a login node of the machine, or look at the script with --dry-run",
         )
-    # A Python that was asked for wins over the site's image; our own does not.
-    container = options.container or ("" if options.python else None)
+    container = "" if options.container == NO_CONTAINER else options.container
+    # Our own Python is of no use inside an image.
+    python = options.python or (None if image_of(machine, options) else sys.executable)
     done = subprocess.run(
         command,
-        env=submit_environment(options.python or sys.executable, container),
+        env=submit_environment(python, container),
         capture_output=True,
         text=True,
         timeout=_SBATCH_SECONDS,

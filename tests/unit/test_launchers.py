@@ -106,9 +106,15 @@ def test_the_address_of_rank_0_follows_the_rule_of_the_site(rendezvous, line):
 @pytest.mark.parametrize(
     ("runtime", "words"),
     [
-        ("singularity", ["singularity", "exec", "--bind", "$PWD,/scratch", "--nv", "$container", "python3"]),
-        ("apptainer", ["apptainer", "exec", "--bind", "$PWD,/scratch", "--nv", "$container", "python3"]),
-        ("uenv", ["uenv", "run", "$container", "--nv", "--", "python3"]),
+        (
+            "singularity",
+            ["singularity", "exec", "--bind", "$PWD,/scratch", "--nv", "$container", "${AIFACTORY_PYTHON:-python3}"],
+        ),
+        (
+            "apptainer",
+            ["apptainer", "exec", "--bind", "$PWD,/scratch", "--nv", "$container", "${AIFACTORY_PYTHON:-python3}"],
+        ),
+        ("uenv", ["uenv", "run", "$container", "--nv", "--", "${AIFACTORY_PYTHON:-python3}"]),
     ],
 )
 def test_a_container_runs_the_same_command(runtime, words):

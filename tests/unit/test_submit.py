@@ -64,7 +64,7 @@ def faults(plan: Plan, **options: object) -> str:
             planned(container=Container(runtime="apptainer")),
             {"container": "/no/x.sif"},
             "there is no image /no/x.sif",
-            "that exists",
+            "--container none",
         ),
         (
             planned(wandb="online", internet=Internet(compute=False)),
