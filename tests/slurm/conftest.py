@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -20,9 +21,12 @@ def munge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Munge]:
         if os.environ.get("CI") or could_be_there:
             pytest.fail(reason)
         pytest.skip(reason)
+    # A SIGTERM, as from a time limit of CI, ends the tests as Ctrl-C does: with everything stopped.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     daemon = Munge(tmp_path_factory.mktemp("munge"))
     yield daemon
     daemon.stop()
+    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture(scope="session")
