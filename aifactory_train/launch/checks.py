@@ -66,7 +66,8 @@ def image_of(machine: Machine, options: JobOptions) -> str | None:
     return machine.container.image if machine.container is not None else None
 
 
-def _qos_of(slurm: Slurm, options: JobOptions) -> Qos | None:
+def qos_of(slurm: Slurm, options: JobOptions) -> Qos | None:
+    """The QoS that the job will have; None where the machine file does not know it."""
     wanted = options.qos or slurm.default_qos
     return next((q for q in slurm.qos if q.name == wanted), None)
 
@@ -93,7 +94,7 @@ def _account_faults(machine: Machine, slurm: Slurm, options: JobOptions) -> list
 
 def _limit_faults(plan: Plan, slurm: Slurm, options: JobOptions) -> list[str]:
     """More than the partition or the QoS allows. A QoS that has a limit wins over the partition."""
-    partition, qos, faults = partition_of(slurm, options), _qos_of(slurm, options), []
+    partition, qos, faults = partition_of(slurm, options), qos_of(slurm, options), []
     named = f"partition {partition.name if partition else '?'}" + (f" with QoS {qos.name}" if qos else "")
     n_nodes, per_node = plan.layout.n_nodes, plan.machine.device.per_node
     if plan.layout.world_size != n_nodes * per_node:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from aifactory_train.errors import MachineError, RunFolderError, storage_errors
 from aifactory_train.launch.chain import note_job
-from aifactory_train.launch.checks import NO_CONTAINER, JobOptions, check_job, image_of, partition_of
+from aifactory_train.launch.checks import NO_CONTAINER, JobOptions, check_job, image_of, partition_of, qos_of
 from aifactory_train.launch.env import submit_environment
 from aifactory_train.launch.local import check_run_folder, write_run_folder
 from aifactory_train.launch.slurm import DEFAULT_TIME_H, render_job
@@ -67,7 +67,8 @@ def sbatch_command(plan: Plan, run: RunDir, options: JobOptions) -> list[str]:
     given = {
         "job-name": plan.recipe.name,
         "nodes": str(plan.layout.n_nodes),
-        "time": options.time,
+        # The script's own is right for the default partition and QoS only.
+        "time": options.time or format_slurm_time(default_time_s(plan.machine, options)),
         "account": options.account,
         "partition": options.partition,
         "qos": options.qos,
@@ -89,26 +90,33 @@ def submit(command: list[str], machine: Machine, options: JobOptions) -> str:
     container = "" if options.container == NO_CONTAINER else options.container
     # Our own Python is of no use inside an image.
     python = options.python or (None if image_of(machine, options) else sys.executable)
-    done = subprocess.run(
-        command,
-        env=submit_environment(python, container),
-        capture_output=True,
-        text=True,
-        timeout=_SBATCH_SECONDS,
-    )
+    env = submit_environment(python, container)
+    try:
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=_SBATCH_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise MachineError(
+            f"sbatch has not answered in {_SBATCH_SECONDS} s; the job may be in the queue all the same",
+            where=shlex.join(command),
+            do="squeue --me  shows it if it is; else launch again. Should there be two jobs, one leaves the run alone",
+        ) from None
     if done.returncode:
         said = done.stderr.strip() or f"exit code {done.returncode}"
         raise MachineError(
             f"Slurm refused the job: {said}", where=shlex.join(command), do="mend what Slurm names above"
         )
-    return done.stdout.strip().split(";")[0]
+    # Some sites say more than the id, and some name the cluster behind it.
+    return done.stdout.strip().rpartition("\n")[2].split(";")[0]
+
+
+def default_time_s(machine: Machine, options: JobOptions) -> int:
+    """Wall time of a job where the user names none: within the limits of its partition and QoS."""
+    assert machine.slurm is not None
+    partition, qos = partition_of(machine.slurm, options), qos_of(machine.slurm, options)
+    limits_h = (partition.max_time_h if partition else None, qos.max_time_h if qos else None, DEFAULT_TIME_H)
+    return int(min(h for h in limits_h if h is not None) * 3600)
 
 
 def _cost(plan: Plan, options: JobOptions) -> list[str]:
-    slurm = plan.machine.slurm
-    assert slurm is not None
-    partition = partition_of(slurm, options)
-    most_h = min(h for h in (partition.max_time_h if partition else None, DEFAULT_TIME_H) if h is not None)
     time_s = parse_slurm_time_s(options.time) if options.time else None
-    time_s = time_s or int(most_h * 3600)
+    time_s = time_s or default_time_s(plan.machine, options)
     return render_cost(plan, time_s, format_slurm_time(time_s))

@@ -10,7 +10,7 @@ import pytest
 from aifactory_train.errors import MachineError, PlanError
 from aifactory_train.launch.checks import JobOptions, check_job, refuse_job_options
 from aifactory_train.launch.env import submit_environment
-from aifactory_train.launch.submit import sbatch_command
+from aifactory_train.launch.submit import sbatch_command, submit
 from aifactory_train.machine.machine import Machine
 from aifactory_train.machine.site import Accounting, Container, Internet, Partition, Qos, Slurm
 from aifactory_train.plan.cost import estimate_cost, render_cost
@@ -124,6 +124,42 @@ def test_every_value_of_a_user_is_one_word_of_the_command():
     assert "--nodes=2" in command and "--time=1:00:00" in command
     assert command[-3:] == [f"/runs/{nasty}/{name}".rstrip("/") for name in ("recipe.yaml", "", "machine.yaml")]
     assert f"--output=/runs/{nasty.replace('%', '%%')}/slurm-%j.out" in command
+
+
+@pytest.mark.parametrize(
+    ("options", "time"),
+    [
+        ({}, "02:00:00"),
+        ({"partition": "dev"}, "00:30:00"),
+        ({"qos": "short"}, "00:15:00"),
+        ({"qos": "big"}, "02:00:00"),
+        ({"partition": "dev", "time": "10"}, "10"),
+    ],
+)
+def test_a_job_without_a_time_asks_for_no_more_than_its_partition_and_qos_allow(options, time):
+    slurm = SLURM.model_copy(update={"qos": [*SLURM.qos, Qos(name="short", max_time_h=0.25)]})
+    assert f"--time={time}" in sbatch_command(planned(slurm=slurm), RunDir("/run"), JobOptions(**options))
+
+
+def sbatch_that(does: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What `submit` makes of an sbatch that runs these lines of bash."""
+    (tmp_path / "sbatch").write_text(f"#!/bin/bash\n{does}\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    return submit(["sbatch", "--parsable"], planned().machine, JobOptions())
+
+
+@pytest.mark.parametrize("said", ["17", "17;lab", "Welcome; to the lab\n17;lab\n"])
+def test_the_id_of_the_new_job_is_found_in_what_sbatch_says(tmp_path, monkeypatch, said):
+    assert sbatch_that(f"cat << 'end'\n{said}\nend", tmp_path, monkeypatch) == "17"
+
+
+def test_an_sbatch_that_refuses_or_hangs_is_a_message(tmp_path, monkeypatch):
+    with pytest.raises(MachineError, match="Slurm refused the job: no such account"):
+        sbatch_that("echo no such account >&2; exit 1", tmp_path, monkeypatch)
+    monkeypatch.setattr("aifactory_train.launch.submit._SBATCH_SECONDS", 0.1)
+    with pytest.raises(MachineError, match="may be in the queue all the same"):
+        sbatch_that("exec sleep 5", tmp_path, monkeypatch)
 
 
 def test_a_job_inherits_nothing_of_the_job_that_submits_it(monkeypatch):
