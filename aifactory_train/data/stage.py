@@ -14,6 +14,7 @@ import filecmp
 import json
 import os
 import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -62,10 +63,11 @@ def stage(recipe_path: Path, to: Path) -> str:
         files = _checksums(to)
         write_atomic(to / MANIFEST, json.dumps({"folder": str(to), "files": files}, indent=1))
     n_bytes = sum(size for size, _ in files.values())
+    staged = shlex.quote(str(to / "recipe.yaml"))
     return (
         f"staged: {len(files)} files, {format_bytes(n_bytes)}, in {to}\n"
-        f"next:   aifactory-train prepare {to / 'recipe.yaml'}\n"
-        f"        aifactory-train launch {to / 'recipe.yaml'} --machine NAME --nodes N"
+        f"next:   aifactory-train prepare {staged}\n"
+        f"        aifactory-train launch {staged} --machine NAME --nodes N"
     )
 
 
@@ -83,10 +85,11 @@ def check_staged(folder: Path) -> None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{MANIFEST} cannot be read: {error}", where=str(path), do=_AGAIN) from None
     if there != folder.absolute():
+        old, new = re.sub(r"([][\\.*^$|])", r"\\\1", str(there)), re.sub(r"([\\&|])", r"\\\1", str(folder.absolute()))
         raise DataError(
             f"this folder was staged as {there}, and its recipe names files there",
             where=str(path),
-            do=f"sed -i 's|{there}|{folder.absolute()}|g' {folder / 'recipe.yaml'} {path}",
+            do=shlex.join(["sed", "-i", f"s|{old}|{new}|g", str(folder / "recipe.yaml"), str(path)]),
         )
     faults = [fault for name, (size, digest) in files.items() if (fault := _fault(folder, name, size, digest))]
     if faults:
@@ -127,19 +130,26 @@ def _stage_source(source: Source, to: Path) -> dict[str, Any]:
             "text_key": TEXT_COLUMN,
         }
     base = Path(os.path.commonpath([Path(f).absolute().parent for f in listing.files]))
-    _copy({Path(f): folder / Path(f).absolute().relative_to(base) for f in listing.files}, f"data {source.name}")
+    targets = {Path(f): folder / Path(f).absolute().relative_to(base) for f in listing.files}
+    _refuse_others(folder, set(targets.values()), f"data source {source.name}")
+    _copy(targets, f"data {source.name}")
     return {**changed, "path": str(folder)}
 
 
 def _write_parquet(source: Source, folder: Path, cache: Path) -> None:
-    if (folder / "whole").exists():
+    whole, origin = folder / "whole", json.dumps([source.hub, source.hub_config, source.hub_split, source.text_key])
+    if whole.exists() and whole.read_text() == origin:
         return
+    if not whole.exists():  # it was cut off and is written again, in another number of files perhaps
+        for part in folder.glob("[0-9]*-of-[0-9]*.parquet"):
+            part.unlink()
+    _refuse_others(folder, set(), f"data source {source.name}")
     dataset = open_source(source, cache)
     n_files = -(-len(dataset) // ROWS_PER_FILE)
     folder.mkdir(parents=True, exist_ok=True)
     for index in range(n_files):
         dataset.shard(n_files, index, contiguous=True).to_parquet(folder / f"{index:05d}-of-{n_files:05d}.parquet")
-    (folder / "whole").touch()  # without it the folder was cut off and is written again
+    write_atomic(whole, origin)
     shutil.rmtree(cache, ignore_errors=True)
 
 
@@ -152,6 +162,7 @@ def _stage_folder(name: str, folder: Path, patterns: list[str], key: str) -> Pat
             raise DataError(
                 f"{key} {name}: no file like {', '.join(patterns)}", where=str(local), do="name a Hugging Face folder"
             )
+        _refuse_others(folder, set(found.values()), key)
         _copy(found, key)
         return folder
     if not _HUB_ID.fullmatch(name):
@@ -174,6 +185,18 @@ def _stage_folder(name: str, folder: Path, patterns: list[str], key: str) -> Pat
         ) from None
     shutil.rmtree(folder / ".cache", ignore_errors=True)
     return folder
+
+
+def _refuse_others(folder: Path, wanted: set[Path], what: str) -> None:
+    """What was staged here from elsewhere would be read as well: the recipe names the folder."""
+    others = sorted(p for p in folder.rglob("*") if p.is_file() and p not in wanted and not p.name.startswith("."))
+    if others:
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        raise DataError(
+            f"{what}: the folder to stage into holds files that are not of it: {others[0].name}{more}",
+            where=str(folder),
+            do=f"stage into another folder, or first: rm -r {shlex.quote(str(folder))}",
+        )
 
 
 def _copy(files: dict[Path, Path], what: str) -> None:

@@ -96,13 +96,15 @@ def test_a_staged_folder_that_lost_something_is_refused(recipe, tmp_path, harm, 
     check_staged(to)
 
 
-def test_a_moved_folder_is_refused_with_the_command_that_mends_it(recipe, tmp_path):
-    to, moved = tmp_path / "to", tmp_path / "elsewhere"
+@pytest.mark.parametrize("name", ["elsewhere", "a.b|c & d $(touch pwned)"])
+def test_a_moved_folder_is_refused_with_the_command_that_mends_it(recipe, tmp_path, name):
+    to, moved = tmp_path / "to|.*", tmp_path / name
     stage(recipe, to)
     shutil.move(to, moved)
     with pytest.raises(DataError, match="was staged as") as caught:
         check_staged(moved)
-    subprocess.run(["bash", "-c", caught.value.do], check=True)
+    subprocess.run(["bash", "-c", caught.value.do], check=True, cwd=tmp_path)
+    assert not (tmp_path / "pwned").exists()
     check_staged(moved)
     assert str(load_recipe(moved / "recipe.yaml").data.prepared_dir) == str(moved / "prepared")
 
@@ -136,3 +138,43 @@ def test_the_recipes_own_folder_and_a_folder_that_cannot_be_made_are_refused(rec
     (tmp_path / "file").write_text("")
     with pytest.raises((StorageError, DataError)):
         stage(recipe, tmp_path / "file" / "to")
+
+
+def test_what_was_staged_from_elsewhere_is_not_mixed_in(recipe, tmp_path):
+    to = tmp_path / "to"
+    stage(recipe, to)
+    (tmp_path / "corpus/b/one.jsonl").unlink()
+    with pytest.raises(DataError, match="data source words: .* not of it: one.jsonl") as caught:
+        stage(recipe, to)
+    subprocess.run(["bash", "-c", caught.value.do.partition("first: ")[2]], check=True)
+    stage(recipe, to)
+    assert not (to / "data/words/b").exists()
+    (tmp_path / "weights/x.safetensors").rename(tmp_path / "weights/y.safetensors")
+    with pytest.raises(DataError, match="not of it: x.safetensors"):
+        stage(recipe, to)
+
+
+class Rows(list):
+    """As much of a dataset as staging uses."""
+
+    def shard(self, n, index, contiguous):
+        return Rows(self[index::n])
+
+    def to_parquet(self, path):
+        path.write_text(" ".join(self))
+
+
+def test_a_hub_dataset_is_staged_once_and_never_taken_for_another(recipe, tmp_path, monkeypatch):
+    to, opened = tmp_path / "to", []
+    monkeypatch.setattr("aifactory_train.data.stage.ROWS_PER_FILE", 2)
+    monkeypatch.setattr("aifactory_train.data.stage.open_source", lambda *_: opened.append(1) or Rows("abc"))
+    stage(changed(recipe, data__sources=[{"name": "web", "hub": "org/web"}]), to)
+    stage(recipe, to)
+    folder = to / "data/web"
+    assert len(opened) == 1 and sorted(p.name for p in folder.glob("*.parquet"))[0] == "00000-of-00002.parquet"
+    with pytest.raises(DataError, match="data source web: .* not of it"):
+        stage(changed(recipe, data__sources=[{"name": "web", "hub": "org/web", "hub_split": "test"}]), to)
+    (folder / "whole").unlink()
+    monkeypatch.setattr("aifactory_train.data.stage.ROWS_PER_FILE", 3)
+    stage(recipe, to)
+    assert [p.name for p in folder.glob("*.parquet")] == ["00000-of-00001.parquet"], "what was cut off is gone"
