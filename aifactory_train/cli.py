@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--timeout-s", type=float, default=300.0, help="how long ranks wait for each other at start")
     preflight = verb("preflight", "what each rank runs before training: is this node fit?", _preflight)
-    preflight.add_argument("run", type=Path, help="run folder")
+    preflight.add_argument("attempt", type=Path, help="folder of the attempt")
     _add_attempt_verb(verb("attempt", "what a batch script runs before and after the ranks: begin, end", _attempt))
     export = verb("export", "newest commit to a Hugging Face folder", _export)
     export.add_argument("run", type=Path, help="run folder")
@@ -116,8 +116,12 @@ def _add_attempt_verb(attempt: argparse.ArgumentParser) -> None:
     begin.add_argument("--run", type=Path, help="run folder (default runs/NAME)")
     begin.add_argument("--job-id", required=True)
     begin.add_argument("--node-list", required=True, help="hosts of the job, in Slurm's syntax")
-    begin.add_argument("--end-time-s", help="when the job is cut off, seconds since the epoch; empty: never")
-    end = what.add_parser("end", help="0 the run is finished, 75 submit the next job (options on stdout), else stop")
+    begin.add_argument(
+        "--end-time-s", type=_seconds, help="when the job is cut off, seconds since the epoch; empty: never"
+    )
+    end = what.add_parser(
+        "end", help="0 the run is finished, 75 submit the next job (unfit hosts on stdout), else stop"
+    )
     end.add_argument("attempt", type=Path, help="folder that begin has printed")
     end.add_argument("--exit-code", type=int, required=True, help="of the ranks")
     end.add_argument("--down-nodes", default="", help="hosts that Slurm has lost, in its syntax")
@@ -125,6 +129,10 @@ def _add_attempt_verb(attempt: argparse.ArgumentParser) -> None:
     submitted = what.add_parser("submitted", help="note the job that goes on with a run")
     submitted.add_argument("run", type=Path)
     submitted.add_argument("job_id")
+
+
+def _seconds(text: str) -> float | None:
+    return float(text) if text else None
 
 
 def _probe(args: argparse.Namespace) -> None:
@@ -246,8 +254,9 @@ def _attempt(args: argparse.Namespace) -> int:
     from aifactory_train.rundir import RunDir, existing_run
 
     if args.what == "begin":
-        end_time_s = float(args.end_time_s) if args.end_time_s else None
-        folder = chain.begin(args.recipe, args.machine, args.nodes, args.run, args.job_id, args.node_list, end_time_s)
+        folder = chain.begin(
+            args.recipe, args.machine, args.nodes, args.run, args.job_id, args.node_list, args.end_time_s
+        )
         if folder is not None:
             print(folder)
         return 0
@@ -258,10 +267,9 @@ def _attempt(args: argparse.Namespace) -> int:
 
 
 def _preflight(args: argparse.Namespace) -> int:
-    from aifactory_train.rundir import existing_run
     from aifactory_train.train.preflight import preflight
 
-    return preflight(existing_run(args.run))
+    return preflight(args.attempt)
 
 
 def _train(args: argparse.Namespace) -> int:

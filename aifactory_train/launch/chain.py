@@ -6,6 +6,7 @@ A run goes on in the next job until it is finished, or until an attempt ended in
 from __future__ import annotations
 
 import re
+import shlex
 import signal
 import sys
 import time
@@ -92,7 +93,14 @@ def begin(
     number = folder.last_attempt() + 1
     attempt = folder.attempt(number)
     with storage_errors("making the attempt's folder", attempt, "free some space and launch again"):
-        attempt.mkdir(parents=True)
+        try:
+            attempt.mkdir(parents=True)
+        except FileExistsError:
+            raise RunFolderError(
+                f"another job has begun attempt {number} at this moment",
+                where=str(attempt),
+                do=f"aifactory-train status {shlex.quote(str(folder.root))}  shows which; this job ends",
+            ) from None
     write_part(attempt / "job.json", Job(job_id, node_list, n_nodes, begin_s, end_time_s, first_step))
     log_event(folder, "attempt", number=number, job_id=job_id, nodes=node_list, step=first_step)
     return attempt
@@ -112,7 +120,7 @@ def job_ids(run: RunDir) -> list[str]:
 
 
 def end(attempt: Path, exit_code: int, down_nodes: str, terminated: bool) -> int:
-    """Decide what follows an attempt, write end.json, and tell: on stderr why, on stdout options for the next sbatch.
+    """Decide what follows an attempt, write end.json, and tell: on stderr why, on stdout the hosts that are unfit.
 
     Args:
         exit_code: of the ranks, see errors.py.
@@ -166,7 +174,7 @@ def end(attempt: Path, exit_code: int, down_nodes: str, terminated: bool) -> int
     earlier = [account(attempts, i, a.last_seen_s) for i, a in enumerate(before)]
     print(f"{render_times(run, this.number, times, earlier)}\n{decision.verdict}: {decision.reason}", file=sys.stderr)
     if decision.verdict == "next" and excluded:
-        print(f"--exclude={excluded}")
+        print(excluded)
     return decision.code
 
 

@@ -54,6 +54,20 @@ def job_variables(machine: Machine, threads: int) -> list[Variable]:
     return rank_variables(machine, threads) + machine.environment
 
 
+def user_defaults() -> dict[str, str]:
+    """What the user has set for sbatch or our script: name of the option of `launch` -> value."""
+    names = {
+        "account": "SBATCH_ACCOUNT",
+        "partition": "SBATCH_PARTITION",
+        "qos": "SBATCH_QOS",
+        "time": "SBATCH_TIMELIMIT",
+        "container": "AIFACTORY_CONTAINER",
+        "python": "AIFACTORY_PYTHON",
+    }
+    env = {**os.environ}
+    return {option: env[name] for option, name in names.items() if env.get(name)}
+
+
 def submit_environment(python: str | None, container: str | None) -> dict[str, str]:
     """For sbatch, whose job inherits it: the launcher's, without that of a job we are in.
 
@@ -63,6 +77,8 @@ def submit_environment(python: str | None, container: str | None) -> dict[str, s
     """
     inherited = {**os.environ}.items()
     env = {name: value for name, value in inherited if name in _OF_THE_SITE or not name.startswith(_OF_A_JOB)}
-    given = {"AIFACTORY_PYTHON": python, "AIFACTORY_CONTAINER": container}
-    env.update({name: value for name, value in given.items() if value is not None})
+    for name, value in (("AIFACTORY_PYTHON", python), ("AIFACTORY_CONTAINER", container)):
+        env.pop(name, None)
+        if value is not None:
+            env[name] = value
     return env

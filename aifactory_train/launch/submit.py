@@ -11,7 +11,7 @@ from pathlib import Path
 from aifactory_train.errors import MachineError, RunFolderError, storage_errors
 from aifactory_train.launch.chain import note_job
 from aifactory_train.launch.checks import NO_CONTAINER, JobOptions, check_job, image_of, partition_of, qos_of
-from aifactory_train.launch.env import submit_environment
+from aifactory_train.launch.env import submit_environment, user_defaults
 from aifactory_train.launch.local import check_run_folder, write_run_folder
 from aifactory_train.launch.slurm import DEFAULT_TIME_H, render_job
 from aifactory_train.launch.status import live_jobs
@@ -29,6 +29,8 @@ def launch_job(plan: Plan, run: RunDir, options: JobOptions, recipe_path: Path) 
 
     A dry run prints script and command before it checks, and writes and submits nothing.
     """
+    unset = {name: value for name, value in user_defaults().items() if getattr(options, name) is None}
+    options = JobOptions(**{**vars(options), **unset})
     script, command = render_job(plan.machine), sbatch_command(plan, run, options)
     if options.dry_run:
         print(script)

@@ -91,7 +91,7 @@ class Watch:
         os._exit(PreflightFault.exit_code)
 
 
-def preflight(root: Path) -> int:
+def preflight(attempt: Path) -> int:
     """Check this rank's node and the way to the others; ends within LIMIT_S, whatever hangs.
 
     Leaves by `os._exit`: interpreter shutdown would wait for threads and process groups. The exit code is 0, that of
@@ -103,7 +103,7 @@ def preflight(root: Path) -> int:
     watchdog.daemon = True
     watchdog.start()
     try:
-        code = _preflight(root, clock, watch)
+        code = _preflight(attempt, clock, watch)
     except AifactoryError as error:
         rank = watch.report.rank if watch.report else 0
         if rank == 0 or not error.on_every_rank:
@@ -117,18 +117,17 @@ def preflight(root: Path) -> int:
     os._exit(code)
 
 
-def _preflight(root: Path, clock: Clock, watch: Watch) -> int:
-    run = RunDir(root)
+def _preflight(attempt: Path, clock: Clock, watch: Watch) -> int:
+    run = RunDir(attempt.absolute().parent.parent)
     plan = load_plan(run.plan)
     ranks = find_ranks(clock.left_s())
     check_world_size(ranks, plan.layout.world_size)
-    attempt = run.attempt(max(1, run.last_attempt()))
     per_node = plan.layout.world_size // plan.layout.n_nodes
     hosts = _hosts(attempt, ranks, per_node)
     watch.report = report = Report(ranks.rank, ranks.local_rank, hosts[ranks.rank] or socket.gethostname())
     watch.folder = folder = attempt / "preflight"
     torch.set_num_threads(plan.layout.threads_per_rank)
-    here = Here(plan, ranks.rank, ranks.local_rank, root, report.facts)
+    here = Here(plan, ranks.rank, ranks.local_rank, run.root, report.facts)
     check_node(here, report, watch)
     report.facts["local_s"] = round(clock.elapsed_s(), 3)
     report.write(folder)

@@ -52,7 +52,8 @@ def find_ranks(timeout_s: float = RENDEZVOUS_TIMEOUT_S, env: Mapping[str, str] |
 def _find_ranks(timeout_s: float, env: Mapping[str, str]) -> Ranks:
     if "OMPI_COMM_WORLD_RANK" in env or ("PMI_RANK" in env and "SLURM_STEP_ID" not in env):
         return _from_mpi(timeout_s)
-    if "RANK" in env and "WORLD_SIZE" in env:
+    # Container runtimes under srun set RANK too; torchrun inside a step names its own run.
+    if "RANK" in env and "WORLD_SIZE" in env and ("TORCHELASTIC_RUN_ID" in env or not env.get("SLURM_STEP_ID")):
         return _from_torchrun(env)
     # A batch script or salloc shell has SLURM_PROCID too, but only a step started by srun has this one.
     if env.get("SLURM_STEP_ID") and env.get("SLURM_PROCID") is not None:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from aifactory_train.errors import AifactoryError, Interrupted, TrainingFault
 from aifactory_train.faults.stopflag import StopFlag
-from aifactory_train.rundir import log_event
+from aifactory_train.rundir import RunDir, log_event
 from aifactory_train.train.loop import train
 from aifactory_train.train.ranks import find_ranks
 from aifactory_train.train.setup import Run, build_run
@@ -34,18 +34,14 @@ def start(root: Path, stop_flag: StopFlag, bar_columns: int, timeout_s: float) -
         ranks = find_ranks(timeout_s)
         rank = ranks.rank
         run = build_run(root, ranks, stop_flag, bar_columns, timeout_s)
-        try:
-            train(run)
-            run.close()
-        except AifactoryError as error:
-            if error.on_every_rank:
-                run.close()
-                run.checkpoints.barrier()  # the first rank to leave makes mpirun kill the others
-            raise
+        train(run)
+        run.close()
         dist.destroy_process_group()
         return 0
     except AifactoryError as error:
-        code = _report(error, rank, run)
+        code = _report(error, rank, run, root)
+        if error.on_every_rank:
+            _wait_for_all(run)
     except RuntimeError as error:
         if not _PEER_LOST.search(str(error)):
             traceback.print_exc()
@@ -56,7 +52,7 @@ def start(root: Path, stop_flag: StopFlag, bar_columns: int, timeout_s: float) -
                 where=f"rank {rank}",
                 do="look above for the first error; launch again: it resumes at the last commit",
             )
-            code = _report(lost, rank, run)
+            code = _report(lost, rank, run, root)
     except BaseException:
         traceback.print_exc()
         code = 1
@@ -65,14 +61,23 @@ def start(root: Path, stop_flag: StopFlag, bar_columns: int, timeout_s: float) -
     os._exit(code)
 
 
-def _report(error: AifactoryError, rank: int, run: Run | None) -> int:
+def _wait_for_all(run: Run | None) -> None:
+    """The first rank to leave makes srun or mpirun kill the others: none goes before rank 0 has reported."""
+    if run is not None:
+        run.close()
+    if dist.is_initialized():
+        dist.barrier(group=dist.new_group(backend="gloo"))
+
+
+def _report(error: AifactoryError, rank: int, run: Run | None, root: Path) -> int:
     """Print once where all ranks have the same error, else from each rank that has it."""
     if rank == 0 or not error.on_every_rank:
         prefix = "" if rank == 0 else f"[rank {rank}] "
         print(f"{prefix}{error.render()}", file=sys.stderr, flush=True)
-    if rank == 0 and run is not None and not isinstance(error, Interrupted):
+    told_to_stop = isinstance(error, Interrupted)
+    if rank == 0 and not told_to_stop and (run is not None or isinstance(error, TrainingFault)):
         try:
-            log_event(run.folder, "fault", message=error.what)
+            log_event(RunDir(root), "fault", message=error.what)
         except AifactoryError as disk:
             print(disk.render(), file=sys.stderr)
     return error.exit_code

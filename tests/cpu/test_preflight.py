@@ -43,7 +43,7 @@ if os.environ["RANK"] == victim:
         preflight.LIMIT_S = 3.0
     else:
         meet.measure_collectives = broken
-preflight.preflight(Path(run))
+preflight.preflight(Path(run) / "attempts" / "001")
 """
 
 
@@ -70,7 +70,7 @@ def plan_run(folder: Path, machine: Machine, *args: object) -> Path:
 
 
 def mpirun(run: Path, machine: Machine, *bind_rank_1: str) -> subprocess.CompletedProcess[str]:
-    rank = [sys.executable, "-m", "aifactory_train", "preflight", str(run)]
+    rank = [sys.executable, "-m", "aifactory_train", "preflight", str(run / "attempts" / "001")]
     command = mpirun_command(machine, 2, rank)
     if bind_rank_1:
         command = [*mpirun_command(machine, 1, rank), ":", "-n", "1", *bind_rank_1, *rank]

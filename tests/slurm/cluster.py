@@ -200,8 +200,9 @@ class Cluster(Daemons):
             (folder / name).mkdir(parents=True)
         settings = common_settings(munge.socket) | {
             "ClusterName": "tests",
-            # A requeued job waits that long, and two minutes unless told.
-            "AuthInfo": f"socket={munge.socket},cred_expire=5",
+            # A requeued job waits that long (two minutes by default). Slurm tries for 15 s to end what the job had on
+            # its nodes, by its id, and would end the ranks of its next start.
+            "AuthInfo": f"socket={munge.socket},cred_expire=25",
             "SlurmctldPort": port,
             "StateSaveLocation": folder / "state",
             "SlurmdSpoolDir": folder / "spool" / "%n",

@@ -254,12 +254,12 @@ def test_lost_nodes_are_left_out_of_the_next_jobs_for_good(tmp_path, machine, cl
     run = tmp_path / "run"
     first = begin(run, machine, nodes="n[1-4]")
     assert chain.end(first, 137, "n2,n2,x9", False) == 75
-    assert capsys.readouterr().out == "--exclude=n2\n", "x9 is not of this job"
+    assert capsys.readouterr().out == "n2\n", "x9 is not of this job"
     clock.s += 100
     second = begin(run, machine, "102", nodes="n[1,3-5]")
     commit(run, 40)
     assert chain.end(second, 1, "n3", False) == 75
-    assert capsys.readouterr().out == "--exclude=n[2-3]\n" and ended(second)["excluded"] == "n[2-3]"
+    assert capsys.readouterr().out == "n[2-3]\n" and ended(second)["excluded"] == "n[2-3]"
     clock.s += 100
     third = begin(run, machine, "103", nodes="n[1-5]")
     assert chain.end(third, 1, "n3", False) == 1, "n3 is no news, and nothing was saved"
@@ -283,7 +283,7 @@ def test_nodes_that_failed_the_preflight_are_left_out(tmp_path, machine, capsys)
     capsys.readouterr()
     assert chain.end(attempt, 5, "", False) == 75
     out, err = capsys.readouterr()
-    assert out == "--exclude=n2\n" and "1 GPU of 2 is there" in err and "1 of 2 nodes not fit: n2" in err
+    assert out == "n2\n" and "1 GPU of 2 is there" in err and "1 of 2 nodes not fit: n2" in err
     assert json.loads((attempt / "preflight.json").read_text())["failing"] == "n2"
 
 
@@ -294,7 +294,7 @@ def test_a_node_that_kills_its_ranks_in_the_preflight_is_left_out_too(tmp_path, 
     (attempt / "preflight" / "rank-00003.json").unlink()
     assert chain.end(attempt, code, "", True) == 143, "ranks that were told to end have no report either"
     assert chain.end(attempt, code, "", False) == 75
-    assert capsys.readouterr().out == "--exclude=n2\n" and "no report of rank 3" in ended(attempt)["reason"]
+    assert capsys.readouterr().out == "n2\n" and "no report of rank 3" in ended(attempt)["reason"]
     event(tmp_path / "run", "start", clock, attempt=1, step=0)
     assert chain.end(attempt, code, "", False) == code, "it was killed in training: the preflight is no witness"
 
@@ -309,7 +309,7 @@ def test_where_no_node_is_fit_the_nodes_are_not_blamed(tmp_path, machine, capsys
 def test_a_single_unfit_node_is_left_out_and_the_second_ends_the_chain(tmp_path, machine, clock, capsys):
     first = begin(tmp_path / "run", machine, nodes="n1")
     preflight(first, ["n1"], ["n1"])
-    assert chain.end(first, 5, "", False) == 75 and capsys.readouterr().out == "--exclude=n1\n"
+    assert chain.end(first, 5, "", False) == 75 and capsys.readouterr().out == "n1\n"
     clock.s += 100
     second = begin(tmp_path / "run", machine, "102", nodes="n2")
     preflight(second, ["n2"], ["n2"])

@@ -21,7 +21,7 @@ MACHINE = Machine(
     host=Host(cores=32),
     slurm=Slurm(partitions=[Partition(name="gpu")]),
 )
-GIVEN = "proj|gpu|normal|16|6:00:00|(null)|(null)"
+GIVEN = "proj|gpu|normal|16|6:00:00|(null)|(null)|(null)"
 # Each stand-in notes its call; $BUSY names those that fail as often as their number says.
 STAND_IN = r"""#!/bin/bash
 name=${0##*/}
@@ -46,7 +46,7 @@ COMMANDS = {
           *"attempt end"*)
             [ -z "${TERM_AT_END:-}" ] || [[ $* == *--terminated* ]] || kill -TERM "$PPID" $$
             sleep 0
-            echo "--exclude=n[2-3]"
+            echo "n[2-3]"
             if [[ $* == *--terminated* ]]; then exit "${END_TERMINATED:-75}"; else exit "${END:-75}"; fi ;;
         esac""",
 }
@@ -107,8 +107,13 @@ def test_the_next_job_asks_for_what_this_one_was_given_and_does_without_bad_node
     assert said["python3"][-1].endswith(" 777") and "attempt submitted" in said["python3"][-1]
 
 
+def test_nodes_that_the_user_left_out_stay_out_beside_the_unfit(job):
+    _, said = job(GIVEN="proj|gpu|normal|16|6:00:00|(null)|x[7,9]|(null)")
+    assert "--exclude=x[7,9],n[2-3] " in said["sbatch"][0]
+
+
 def test_a_constraint_with_an_or_stays_whole(job):
-    _, said = job(GIVEN="proj|gpu|normal|16|6:00:00|(null)|[rack1|rack2]")
+    _, said = job(GIVEN="proj|gpu|normal|16|6:00:00|(null)|(null)|[rack1|rack2]")
     assert "--constraint=[rack1|rack2] " in said["sbatch"][0]
 
 

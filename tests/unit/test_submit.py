@@ -10,7 +10,7 @@ import pytest
 from aifactory_train.errors import MachineError, PlanError
 from aifactory_train.launch.checks import JobOptions, check_job, refuse_job_options
 from aifactory_train.launch.env import submit_environment
-from aifactory_train.launch.submit import sbatch_command, submit
+from aifactory_train.launch.submit import launch_job, sbatch_command, submit
 from aifactory_train.machine.machine import Machine
 from aifactory_train.machine.site import Accounting, Container, Internet, Partition, Qos, Slurm
 from aifactory_train.plan.cost import estimate_cost, render_cost
@@ -170,6 +170,19 @@ def test_a_job_inherits_nothing_of_the_job_that_submits_it(monkeypatch):
     assert not any(name.startswith(("SLURM_", "SBATCH_")) for name in env)
     assert env["AIFACTORY_PYTHON"] == "/opt/python3" and env["WANDB_API_KEY"] == "secret"
     assert "AIFACTORY_CONTAINER" not in env and submit_environment(None, "")["AIFACTORY_CONTAINER"] == ""
+
+
+def test_what_the_user_has_set_for_sbatch_is_heard(monkeypatch):
+    plan = planned()
+    monkeypatch.setenv("SBATCH_ACCOUNT", "ours")
+    monkeypatch.setenv("SBATCH_TIMELIMIT", "9:00:00")
+    with pytest.raises(PlanError) as caught:
+        launch_job(plan, RunDir("/nowhere/run"), JobOptions(), Path("recipe.yaml"))
+    text = caught.value.render()
+    assert "no account" not in text and "partition gpu allows 2 h 00 min" in text
+    with pytest.raises(PlanError) as caught:
+        launch_job(plan, RunDir("/nowhere/run"), JobOptions(time="1:00:00"), Path("recipe.yaml"))
+    assert "2 h" not in caught.value.render(), "the command line wins"
 
 
 def test_the_cost_is_in_the_unit_of_the_grant():
