@@ -213,10 +213,16 @@ def _print(report: Report, verdict: Verdict) -> None:
     if verdict.unfit:
         print(f"preflight: not fit: ranks {', '.join(map(str, verdict.unfit[:16]))}; so no collective was tried")
     elif not report.found:
-        facts = report.facts
         print(
-            f"preflight: all ranks are fit, in {format_seconds(facts['total_s'])}; on rank 0 matrix products "
-            f"{format_flops_per_s(facts.get('matmul_flops_per_s'))}, copies "
-            f"{format_bytes_per_s(facts.get('memory_bytes_per_s'))}, all-reduce "
-            f"{format_bytes_per_s(facts.get('all_reduce_bytes_per_s'))} bus bandwidth"
+            f"preflight: all ranks are fit, in {format_seconds(report.facts['total_s'])}; on rank 0 {_rates(report.facts)}"
         )
+
+
+def _rates(facts: dict[str, Any]) -> str:
+    rates = [
+        f"matrix products {format_flops_per_s(facts.get('matmul_flops_per_s'))}",
+        f"copies {format_bytes_per_s(facts.get('memory_bytes_per_s'))}",
+    ]
+    if facts.get("all_reduce_bytes_per_s"):  # one rank alone moves nothing
+        rates.append(f"all-reduce {format_bytes_per_s(facts['all_reduce_bytes_per_s'])} bus bandwidth")
+    return ", ".join(rates)

@@ -13,7 +13,8 @@ import pytest
 import yaml
 
 from aifactory_train.launch.slurm import render_job
-from aifactory_train.machine.load import load_machine
+from aifactory_train.machine.load import load_machine, write_machine
+from aifactory_train.machine.machine import Mpi
 from slurm.chains import MACHINE, Chain
 from slurm.cluster import Cluster, poll
 from training_runs import write_recipe
@@ -53,6 +54,23 @@ def test_a_launcher_trains_on_two_nodes_from_sbatch_to_the_report(whole, tmp_pat
     done = whole.verb("report", whole.run.root)
     assert done.returncode == 0, done.stderr
     assert whole.run.report.exists() and "node" in whole.run.result.read_text()
+
+
+def test_mpirun_starts_the_ranks_where_the_machine_file_says_so(cluster, recipe, whole, tmp_path):
+    machine = load_machine(MACHINE)
+    site = Mpi(kind="site", mpirun=str(Path(sys.executable).parent / "mpirun"))
+    slurm = machine.slurm.model_copy(update={"starter": "mpirun"})
+    write_machine(machine.model_copy(update={"slurm": slurm, "mpi": site}), tmp_path / "machine.yaml")
+    chain = Chain(cluster, recipe, tmp_path / "run", tmp_path / "machine.yaml")
+    script = tmp_path / "mpirun.sbatch"
+    script.write_text(render_job(load_machine(tmp_path / "machine.yaml")))
+    as_root = {f"{part}_ALLOW_RUN_AS_ROOT{end}": "1" for part in ("OMPI", "PRTE") for end in ("", "_CONFIRM")}
+    options = ("--nodes=2", "--time=10", f"--output={tmp_path}/slurm-%j.out")
+    job = (script, recipe, chain.run.root, tmp_path / "machine.yaml")
+    cluster.sbatch(*options, *job, AIFACTORY_PYTHON=sys.executable, **as_root)
+    chain.wait_for_end()
+    assert chain.ends() == [(0, "done")], chain.story()
+    assert chain.curve() == whole.curve()
 
 
 def test_a_time_limit_shorter_than_the_run_costs_a_save_and_no_step(cluster, recipe, whole, tmp_path, capsys):
