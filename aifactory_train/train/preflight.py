@@ -213,9 +213,8 @@ def _print(report: Report, verdict: Verdict) -> None:
     if verdict.unfit:
         print(f"preflight: not fit: ranks {', '.join(map(str, verdict.unfit[:16]))}; so no collective was tried")
     elif not report.found:
-        print(
-            f"preflight: all ranks are fit, in {format_seconds(report.facts['total_s'])}; on rank 0 {_rates(report.facts)}"
-        )
+        took = format_seconds(report.facts["total_s"])
+        print(f"preflight: all ranks are fit, in {took}; on rank 0 {_rates(report.facts)}")
 
 
 def _rates(facts: dict[str, Any]) -> str:
