@@ -12,7 +12,7 @@ from aifactory_train.errors import AifactoryError, MachineError, PlanError
 from aifactory_train.machine.machine import Machine
 from aifactory_train.machine.site import Partition, Qos, Slurm
 from aifactory_train.plan.plan import Plan
-from aifactory_train.units import format_seconds, parse_slurm_time_s
+from aifactory_train.units import format_slurm_time, parse_slurm_time_s
 
 NO_CONTAINER = "none"  # as --container, where the machine file names an image
 
@@ -111,10 +111,12 @@ def _limit_faults(plan: Plan, slurm: Slurm, options: JobOptions) -> list[str]:
     time_s = parse_slurm_time_s(options.time)
     most_h = (qos.max_time_h if qos else None) or (partition.max_time_h if partition else None)
     if not time_s:
-        faults.append(_fault(f"--time {options.time!r} is no time that sbatch takes", "such as --time 12:00:00"))
+        what = f"--time {options.time!r} is no wall time in minutes, H:MM:SS or D-HH:MM:SS"
+        faults.append(_fault(what, "such as --time 12:00:00"))
     elif most_h is not None and time_s > most_h * 3600:
-        shown = f"{format_seconds(time_s)}; {named} allows {format_seconds(most_h * 3600)}"
-        faults.append(_fault(f"a wall time of {shown}", "less: the run goes on in the next job by itself"))
+        longest = format_slurm_time(most_h * 3600)
+        what = f"--time {options.time} is {format_slurm_time(time_s)}; {named} allows {longest}"
+        faults.append(_fault(what, f"--time {longest} or less: the run goes on in the next job by itself"))
     return faults
 
 

@@ -48,7 +48,8 @@ def load_plan(path: Path) -> Plan:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(p) for p in first["loc"])
-        raise PlanError(f"not a plan of this version: {key}: {first['msg']}", where=str(path), do=do) from None
+        fault = f"{key}: {first['msg']}" if key else first["msg"]
+        raise PlanError(f"not a plan of this version: {fault}", where=str(path), do=do) from None
 
 
 def make_plan(recipe: Recipe, machine: Machine, n_nodes: int = 1, cpu_ranks: int = 1) -> Plan:
@@ -61,9 +62,9 @@ def make_plan(recipe: Recipe, machine: Machine, n_nodes: int = 1, cpu_ranks: int
     Raises:
         PlanError: the batch cannot be cut evenly, or nothing fits into the memory.
     """
-    for name, value in (("n_nodes", n_nodes), ("cpu_ranks", cpu_ranks)):
+    for option, value in (("--nodes", n_nodes), ("--cpu-ranks", cpu_ranks)):
         if value < 1:
-            raise PlanError(f"{name} is {value}", where="command line", do=f"give {name} 1 or more")
+            raise PlanError(f"{option} is {value}", where="command line", do=f"give 1 or more, such as {option} 1")
     notes: list[str] = []
     layout = choose_layout(recipe, machine, n_nodes, cpu_ranks, notes)
     shape = build_shape(recipe.model, recipe.data.seq_len_tokens)

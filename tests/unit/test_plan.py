@@ -230,9 +230,10 @@ def test_the_explanation_names_every_term_and_every_note():
     assert "16 rows of 256 tokens = 2 ranks x 1 x 8 rows" in text
 
 
-@pytest.mark.parametrize("key", ["n_nodes", "cpu_ranks"])
-def test_no_nodes_or_no_ranks_are_refused(key):
-    assert f"{key} is 0" in refusal(load_recipe(DEMO), cpu(), **{key: 0})
+@pytest.mark.parametrize(("key", "option"), [("n_nodes", "--nodes"), ("cpu_ranks", "--cpu-ranks")])
+def test_no_nodes_or_no_ranks_are_refused_with_the_option_to_type(key, option):
+    text = refusal(load_recipe(DEMO), cpu(), **{key: 0})
+    assert f"{option} is 0" in text and f"such as {option} 1" in text
 
 
 def test_planning_imports_no_torch():

@@ -53,12 +53,12 @@ def faults(plan: Plan, **options: object) -> str:
         (planned(5), {}, "5 nodes; partition gpu allows 4", "--nodes 4 or less"),
         (planned(2), {"partition": "dev"}, "2 nodes; partition dev allows 1", "--nodes 1 or less"),
         (planned(), {"partition": "gpuu"}, "partition 'gpuu' is not in the machine file", "one of gpu, dev"),
-        (planned(), {"time": "2:00:01"}, "partition gpu allows 2 h 00 min", "the next job by itself"),
-        (planned(), {"time": "soon"}, "--time 'soon' is no time", "--time 12:00:00"),
-        (planned(), {"time": "0"}, "--time '0' is no time", "--time 12:00:00"),
+        (planned(), {"time": "2:00:01"}, "is 02:00:01; partition gpu allows 02:00:00", "the next job by itself"),
+        (planned(), {"time": "soon"}, "--time 'soon' is no wall time", "--time 12:00:00"),
+        (planned(), {"time": "0"}, "--time '0' is no wall time", "--time 12:00:00"),
         (planned(65), {"qos": "big"}, "65 nodes; partition gpu with QoS big allows 64", "--nodes 64"),
         (planned(2), {"qos": "big"}, "2 node(s); partition gpu with QoS big wants 8", "--nodes 8"),
-        (planned(8), {"qos": "big", "time": "25:00:00"}, "with QoS big allows 24 h 00 min", "less"),
+        (planned(8), {"qos": "big", "time": "25:00:00"}, "with QoS big allows 1-00:00:00", "--time 1-00:00:00 or less"),
         (planned(), {"container": "x.sif"}, "the machine file names no runtime", "leave out --container"),
         (
             planned(container=Container(runtime="apptainer")),
@@ -179,10 +179,10 @@ def test_what_the_user_has_set_for_sbatch_is_heard(monkeypatch):
     with pytest.raises(PlanError) as caught:
         launch_job(plan, RunDir("/nowhere/run"), JobOptions(), Path("recipe.yaml"))
     text = caught.value.render()
-    assert "no account" not in text and "partition gpu allows 2 h 00 min" in text
+    assert "no account" not in text and "partition gpu allows 02:00:00" in text
     with pytest.raises(PlanError) as caught:
         launch_job(plan, RunDir("/nowhere/run"), JobOptions(time="1:00:00"), Path("recipe.yaml"))
-    assert "2 h" not in caught.value.render(), "the command line wins"
+    assert "02:00:00" not in caught.value.render(), "the command line wins"
 
 
 def test_the_cost_is_in_the_unit_of_the_grant():
