@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aifactory_train import __version__
-from aifactory_train.errors import AifactoryError, storage_errors
+from aifactory_train.errors import AifactoryError, MachineError, storage_errors
 
 if TYPE_CHECKING:
     from aifactory_train.plan.plan import Plan
@@ -46,9 +46,17 @@ def _parser() -> argparse.ArgumentParser:
     probe.add_argument("--out", type=Path, default=Path("local-machine.yaml"), help="file to write")
     probe.add_argument("--against", metavar="NAME", help="print what differs from this machine file; write nothing")
     machines = verb("machines", "the machines that are known: list, show NAME, check", _machines)
-    machines.add_argument("what", nargs="?", choices=("list", "show", "check"), default="list")
-    machines.add_argument("names", nargs="*", metavar="NAME", help="names in configs/machines/, or files")
-    machines.add_argument("--svg", type=Path, metavar="FILE", help="draw the node into FILE as well (show)")
+    machines.set_defaults(names=[])
+    what = machines.add_subparsers(dest="what", metavar="WHAT")
+    for name, help_text in (
+        ("list", "one line for each: nodes, devices, network, limits"),
+        ("show", "all that is known of a machine, and who says so"),
+        ("check", "whether a machine file is sound: facts, sources, site"),
+    ):
+        sub = what.add_parser(name, help=help_text, description=help_text)
+        sub.add_argument("names", nargs="*", metavar="NAME", help="names in configs/machines/, or files")
+        if name == "show":
+            sub.add_argument("--svg", type=Path, metavar="FILE", help="draw the node into FILE as well")
     stage = verb("stage", "gather what a compute node without internet will need", _stage)
     stage.add_argument("recipe", type=Path, help="configs/recipes/NAME.yaml")
     stage.add_argument("--to", type=Path, required=True, metavar="DIR", help="folder that compute nodes can read")
@@ -114,8 +122,8 @@ def _add_attempt_verb(attempt: argparse.ArgumentParser) -> None:
     begin.add_argument("--machine", required=True)
     begin.add_argument("--nodes", type=int, required=True)
     begin.add_argument("--run", type=Path, help="run folder (default runs/NAME)")
-    begin.add_argument("--job-id", required=True)
-    begin.add_argument("--node-list", required=True, help="hosts of the job, in Slurm's syntax")
+    begin.add_argument("--job-id", type=_job_id, required=True)
+    begin.add_argument("--node-list", type=_hosts, required=True, help="hosts of the job, in Slurm's syntax")
     begin.add_argument(
         "--end-time-s", type=_seconds, help="when the job is cut off, seconds since the epoch; empty: never"
     )
@@ -124,15 +132,33 @@ def _add_attempt_verb(attempt: argparse.ArgumentParser) -> None:
     )
     end.add_argument("attempt", type=Path, help="folder that begin has printed")
     end.add_argument("--exit-code", type=int, required=True, help="of the ranks")
-    end.add_argument("--down-nodes", default="", help="hosts that Slurm has lost, in its syntax")
+    end.add_argument("--down-nodes", type=_hosts, default="", help="hosts that Slurm has lost, in its syntax")
     end.add_argument("--terminated", action="store_true", help="the batch script itself was told to end")
     submitted = what.add_parser("submitted", help="note the job that goes on with a run")
     submitted.add_argument("run", type=Path)
-    submitted.add_argument("job_id")
+    submitted.add_argument("job_id", type=_job_id)
 
 
 def _seconds(text: str) -> float | None:
+    if text and not text.replace(".", "", 1).isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds")
     return float(text) if text else None
+
+
+def _job_id(text: str) -> str:
+    if not text[:1].isdecimal() or not text.isprintable() or " " in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is no id of a job, such as 4711")
+    return text
+
+
+def _hosts(text: str) -> str:
+    from aifactory_train.hostlist import expand
+
+    try:
+        expand(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 def _probe(args: argparse.Namespace) -> None:
@@ -170,11 +196,16 @@ def _machines(args: argparse.Namespace) -> int:
         text, n_faults = check_machines(args.names or machine_names())
         print(text)
         return 2 if n_faults else 0
-    if args.what == "list":
+    if args.what != "show":
         print(render_list([load_machine(name) for name in args.names or machine_names()]))
         return 0
-    for name in args.names or ["local"]:
-        machine = load_machine(name)
+    if args.svg is not None and len(args.names) > 1:
+        raise MachineError(
+            f"--svg {args.svg} holds one drawing, and {len(args.names)} machines are named",
+            where="command line",
+            do=f"one at a time: aifactory-train machines show {args.names[0]} --svg {args.svg}",
+        )
+    for machine in [load_machine(name) for name in args.names or ["local"]]:
         print(render_machine(machine))
         if args.svg is not None:
             with storage_errors("writing the drawing", args.svg, "give another file: --svg FILE"):
@@ -251,7 +282,7 @@ def _cancel(args: argparse.Namespace) -> None:
 
 def _attempt(args: argparse.Namespace) -> int:
     from aifactory_train.launch import chain
-    from aifactory_train.rundir import RunDir, existing_run
+    from aifactory_train.rundir import RunDir, existing_attempt, existing_run
 
     if args.what == "begin":
         folder = chain.begin(
@@ -263,13 +294,14 @@ def _attempt(args: argparse.Namespace) -> int:
     if args.what == "submitted":
         chain.note_job(RunDir(existing_run(args.run)), args.job_id)
         return 0
-    return chain.end(args.attempt, args.exit_code, args.down_nodes, args.terminated)
+    return chain.end(existing_attempt(args.attempt), args.exit_code, args.down_nodes, args.terminated)
 
 
 def _preflight(args: argparse.Namespace) -> int:
+    from aifactory_train.rundir import existing_attempt
     from aifactory_train.train.preflight import preflight
 
-    return preflight(args.attempt)
+    return preflight(existing_attempt(args.attempt))
 
 
 def _train(args: argparse.Namespace) -> int:

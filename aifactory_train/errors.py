@@ -107,7 +107,7 @@ class Interrupted(AifactoryError):
 
 _STORAGE = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
-    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR),
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
 }
 
 
@@ -120,15 +120,7 @@ def storage_fault(error: BaseException) -> OSError | None:
         if e is None or id(e) in seen:
             continue
         seen.add(id(e))
-        if isinstance(e, OSError) and e.errno in (
-            errno.ENOSPC,
-            errno.EDQUOT,
-            errno.EACCES,
-            errno.EROFS,
-            errno.EFBIG,
-            errno.ENOENT,
-            errno.ENOTDIR,
-        ):
+        if isinstance(e, OSError) and e.errno in _STORAGE:
             return e
         queue += [e.__cause__, e.__context__]
         for arg in (*e.args, *getattr(e, "failures", {}).values()):
@@ -140,7 +132,7 @@ def storage_fault(error: BaseException) -> OSError | None:
 
 @contextmanager
 def storage_errors(doing: str, path: Path, do: str) -> Iterator[None]:
-    """Turn "disk full", "quota" and "no permission" under `path` into a StorageError."""
+    """Turn "disk full", "quota", "no permission" and "is a folder" under `path` into a StorageError."""
     try:
         yield
     except AifactoryError:

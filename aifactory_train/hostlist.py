@@ -6,15 +6,37 @@ import re
 from collections.abc import Iterable
 
 _PART = re.compile(r"(?:[^,\[]|\[[^\]]*\])+")
+_SPANS = re.compile(r"\d{1,9}(-\d{1,9})?(,\d{1,9}(-\d{1,9})?)*")
+_MOST = 1_000_000
 _BRACKET = re.compile(r"\[([^\]]*)\]")
 
 
 def expand(hosts: str) -> list[str]:
-    """Every host of a list, in its order: "n[1-2,10]-a" -> ["n1-a", "n2-a", "n10-a"]."""
+    """Every host of a list, in its order: "n[1-2,10]-a" -> ["n1-a", "n2-a", "n10-a"].
+
+    Raises ValueError where it is no host list, or one of more than a million hosts.
+    """
+    if _count(hosts) > _MOST:
+        raise ValueError(f"{hosts!r} names more than {_MOST:,} hosts")
     found = []
     for part in _PART.findall(hosts):
         found += _expand_part(part.strip())
     return found
+
+
+def _count(hosts: str) -> int:
+    if re.search(r"[\[\]]", _BRACKET.sub("", hosts)):
+        raise ValueError(f"{hosts!r} has a bracket too many or too few; write such as node[001-128,130]")
+    n = 0
+    for part in _PART.findall(hosts):
+        n_part = 1
+        for spans in _BRACKET.findall(part):
+            if _SPANS.fullmatch(spans) is None:
+                raise ValueError(f"{hosts!r} has [{spans}]; write numbers and spans such as [001-128,130]")
+            ends = [[int(end) for end in span.split("-")] for span in spans.split(",")]
+            n_part *= sum(max(0, end[-1] - end[0] + 1) for end in ends)
+        n += n_part
+    return n
 
 
 def compress(hosts: Iterable[str]) -> str:

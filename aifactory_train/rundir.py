@@ -93,8 +93,21 @@ def existing_run(root: Path) -> Path:
     )
 
 
+def existing_attempt(folder: Path) -> Path:
+    """`folder`, if it is one of an attempt: RUN/attempts/NNN. Raises RunFolderError."""
+    if folder.is_dir() and folder.absolute().parent.name == "attempts":
+        return folder
+    raise RunFolderError(
+        "not the folder of an attempt" if folder.exists() else "no such folder",
+        where=str(folder.absolute()),
+        do="give what was printed by: aifactory-train attempt begin, such as RUN/attempts/001",
+    )
+
+
 def write_atomic(path: Path, data: str | bytes) -> None:
     """Write so that a reader sees the old file or the whole new one, also after a power cut."""
+    if path.is_dir():  # "" is one too
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -21,6 +21,9 @@ M = typing.TypeVar("M", bound=BaseModel)
 
 
 MAX_DEPTH = 20  # of keys below each other; our deepest has 4
+MAX_VALUES = 100_000  # of a file; anchors of anchors make billions out of a few lines
+MAX_SHOWN = 120  # characters of a value in a message
+MAX_DIGITS = 400  # a float has no more before its point
 
 
 class _Yaml12(yaml.SafeLoader):
@@ -49,23 +52,35 @@ def read_yaml(path: Path, origins: dict[Key, str], error_class: type[UserError])
     """One YAML mapping; `origins` learns `file:line` of every key."""
     try:
         text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        near = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        hint = f"one of the files there: {', '.join(near)}" if near else "check the path"
-        raise error_class(f"cannot read {path}: {reason}", where=str(path), do=hint) from None
+    except OSError as error:
+        do = _near_files(path) if isinstance(error, FileNotFoundError) else "check the path and its permissions"
+        raise error_class(f"cannot read {path}: {error.strerror}", where=str(path), do=do) from None
+    except UnicodeDecodeError as error:
+        n_lines = error.object[: error.start].count(b"\n") + 1
+        what = f"not text in UTF-8: byte 0x{error.object[error.start]:02x}"
+        raise error_class(what, where=f"{path}:{n_lines}", do="give a YAML file, written as UTF-8") from None
     try:
         data = parse_yaml(text, (), str(path), origins)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "not valid YAML"
+        problem = getattr(error, "problem", None) or str(error)
+        if isinstance(error, yaml.reader.ReaderError):
+            line = f":{text[: error.position].count(chr(10)) + 1}"
+            problem = f"character 0x{error.character:02x}, which no text holds"
         raise error_class(f"not valid YAML: {problem}", where=f"{path}{line}", do="mend that line") from None
     if not isinstance(data, dict):
-        raise error_class(
-            f"expected keys and values, found {type(data).__name__}", where=str(path), do="write `key: value` lines"
-        )
+        found = "nothing" if data is None else "a list" if isinstance(data, list) else f"the word {str(data)[:40]!r}"
+        raise error_class(f"expected keys and values, found {found}", where=str(path), do="write `key: value` lines")
     return data
+
+
+def _near_files(path: Path) -> str:
+    near = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+    close = difflib.get_close_matches(path.name, near, n=3) or near
+    if not close:
+        return "check the path"
+    return f"one of the files there: {', '.join(close[:20])}{', ...' if len(close) > 20 else ''}"
 
 
 def parse_yaml(text: str, key: Key, file: str, origins: dict[Key, str]) -> Any:
@@ -78,6 +93,8 @@ def _walk(node: yaml.Node | None, key: Key, file: str, origins: dict[Key, str]) 
         return None
     if len(key) > MAX_DEPTH:  # an anchor may hold itself
         raise yaml.constructor.ConstructorError(None, None, "nested too deeply", node.start_mark)
+    if len(origins) > MAX_VALUES:
+        raise yaml.constructor.ConstructorError(None, None, f"more than {MAX_VALUES:,} values", node.start_mark)
     origins[key] = f"{file}:{node.start_mark.line + 1}"
     if isinstance(node, yaml.MappingNode):
         out: dict[str, Any] = {}
@@ -101,6 +118,9 @@ def _scalar(node: yaml.Node) -> Any:
         return None
     if tag == "bool":
         return node.value == "true"
+    if tag in ("int", "float") and len(node.value) > MAX_DIGITS:
+        problem = f"a number of {len(node.value)} characters"
+        raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
     if tag == "int":
         return int(node.value.replace("_", ""))
     if tag == "float":
@@ -146,8 +166,17 @@ def _fault_line(cls: type[BaseModel], key: Key, faults: list[Any], origins: dict
     else:
         plain = {"model_type": "expected keys and values", "list_type": "expected a list"}
         message = plain.get(kind, faults[0]["msg"].removeprefix("Value error, "))
-    shown = "" if isinstance(value, dict | list | BaseModel) else f", given: {value!r}"
+    if kind == "value_error":  # a check of a whole block may begin with the key below it that is at fault
+        head, _, rest = message.partition(": ")
+        below = (*key, *(int(p) if p.isdigit() else p for p in head.split(".")))
+        if rest and below in origins:
+            place, name, message = origins[below], ".".join(map(str, below)), rest
+    shown = "" if isinstance(value, dict | list | BaseModel) else f", given: {_shortened(repr(value))}"
     return f"  {place}: {name}: {message}{shown}"
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}... ({len(text)} characters)"
 
 
 def _expected(fault: Any) -> str:

@@ -123,13 +123,13 @@ def _srun(machine: Machine, slurm: Slurm) -> list[Line]:
         lines.append((f"--cpu-bind=mask_cpu:{masks}", "rank i on the cores beside device i"))
     else:
         lines.append((f"--cpu-bind={slurm.cpu_bind}", ""))
-    return lines + [(o.option, o.why) for o in slurm.srun_options]
+    return lines + [(shlex.quote(o.option), o.why) for o in slurm.srun_options]
 
 
 def _mpirun(machine: Machine) -> list[Line]:
     per_node, cpus = machine.device.per_node, cpus_per_rank(machine)
     return [
-        (machine.mpi.mpirun or "mpirun", ""),
+        (shlex.quote(machine.mpi.mpirun or "mpirun"), ""),
         ('-n "$SLURM_NTASKS"', ""),
         (f"--map-by ppr:{per_node}:node:PE={cpus}", "one rank per device, with its share of the cores"),
         ("--bind-to core", ""),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 
 import yaml
@@ -28,10 +29,19 @@ def load_machine(name_or_path: str | Path) -> Machine:
     if path.suffix not in (".yaml", ".yml") and "/" not in text:
         path = configs_dir() / "machines" / f"{text}.yaml"
         if not path.is_file():
-            known = ", ".join([LOCAL, *machine_names()])
+            known = [LOCAL, *machine_names()]
+            near = difflib.get_close_matches(text.lower().replace("_", "-"), known, n=1, cutoff=0.5)
+            near = [name for name in known if text and name.startswith(text.lower())] or near
+            hint = f"did you mean {' or '.join(near)}?  " if near else ""
             raise MachineError(
-                f"unknown machine {text!r}", where=str(path.parent), do=f"one of {known}, or the path of a YAML file"
+                f"unknown machine {text!r}",
+                where=str(path.parent),
+                do=f"{hint}one of {', '.join(known)}, or the path of a YAML file",
             )
+    elif path.parent == Path() and path.stem in machine_names() and not path.exists():
+        raise MachineError(
+            f"no file {text} in this folder", where=str(Path.cwd()), do=f"give the name of the machine: {path.stem}"
+        )
     origins: dict[Key, str] = {}
     data = read_yaml(path, origins, MachineError)
     return validate(Machine, data, origins, str(path), MachineError, do="mend the lines named above")

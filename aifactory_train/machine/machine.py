@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from aifactory_train.machine.facts import Count, Facts, FactSource, Index, Line, Name, Positive, Variable
+from aifactory_train.machine.facts import Command, Count, Facts, FactSource, Index, Line, Name, Positive, Variable, fits
 from aifactory_train.machine.site import Accounting, Container, FileSystem, Internet, Rendezvous, Slurm
 
 
@@ -26,7 +26,7 @@ class Device(Facts):
 
     kind: Literal["cpu", "cuda", "rocm"]
     name: str
-    per_node: Count
+    per_node: Annotated[int, Field(gt=0, le=4096)]
     memory_bytes: Count | None = None
     memory_bytes_per_s: Positive | None = None
     peak_flops_per_s: ByDtype = ByDtype()
@@ -56,13 +56,23 @@ class Link(Facts):
     bytes_per_s: Positive
 
 
+_CORES = r"\d{1,5}(-\d{1,5})?(,\d{1,5}(-\d{1,5})?)*"
+
+
 class Place(Facts):
     """What is near device `device`: cores as "48-55" or "1-7,64-71", NUMA node, NIC (as in network.nics)."""
 
     device: Index
-    cores: Annotated[str, Field(pattern=r"^\d+(-\d+)?(,\d+(-\d+)?)*$")] | None = None
+    cores: Annotated[str, fits(_CORES, "numbers and spans below 100000, such as 48-55 or 1-7,64-71")] | None = None
     numa_node: Index | None = None
     nic: str | None = None
+
+    @model_validator(mode="after")
+    def _spans_rise(self) -> Place:
+        for first, last in re.findall(r"(\d+)-(\d+)", self.cores or ""):
+            if int(first) > int(last):
+                raise ValueError(f"cores: {first}-{last} ends before it begins; write {last}-{first}")
+        return self
 
     def core_list(self) -> list[int]:
         """Every core number; empty where nobody says."""
@@ -123,7 +133,7 @@ class Measured(Facts):
 class Software(Facts):
     """Lines that a job runs before anything else, such as `module load ...`, in their order."""
 
-    setup: list[Line] = []
+    setup: list[Command] = []
 
 
 class Machine(Facts):
@@ -155,13 +165,19 @@ class Machine(Facts):
     @model_validator(mode="after")
     def _topology_fits_the_devices(self) -> Machine:
         n = self.device.per_node
-        named = [d for link in self.topology.links for d in link.devices] + [p.device for p in self.topology.places]
-        if any(d >= n for d in named):
-            raise ValueError(f"topology names device {max(named)}, the node has {n}: 0 to {n - 1}")
+        named = [(f"links.{i}.devices", max(link.devices)) for i, link in enumerate(self.topology.links)]
+        named += [(f"places.{i}.device", place.device) for i, place in enumerate(self.topology.places)]
+        for key, device in named:
+            if device >= n:
+                raise ValueError(f"topology.{key}: device {device}, the node has {n}: 0 to {n - 1}")
         if self.slurm is not None and self.slurm.cpu_bind == "map":
             mapped = [p.device for p in self.topology.places if p.cores]
             if mapped != list(range(n)):
-                raise ValueError(f"slurm.cpu_bind map needs the cores of devices 0 to {n - 1} in topology.places")
+                found = ", ".join(map(str, mapped)) or "none"
+                raise ValueError(
+                    f"slurm.cpu_bind: map needs topology.places with the cores of devices 0 to {n - 1} in this order, "
+                    f"which has {found}; add them or write cpu_bind: cores"
+                )
         return self
 
     def source_of(self, key: str) -> FactSource | None:

@@ -21,7 +21,7 @@ class Page:
         title = f"{machine.name}: {machine.title}" if machine.title else machine.name
         self.lines = [title]
         if machine.nodes is not None:
-            self.lines[0] += f", {machine.nodes:,} nodes{self.ref('nodes')}"
+            self.lines[0] += f", {machine.nodes:,} node{'s' * (machine.nodes > 1)}{self.ref('nodes')}"
 
     def ref(self, *keys: str) -> str:
         """ " [1 3]": the sources that speak for these facts or for parts of them; "" where none does."""

@@ -13,8 +13,8 @@ def write_site(page: Page) -> None:
     _slurm(page)
     if page.machine.slurm is not None:
         _job(page)
-    page.section("rendezvous", "rendezvous")
-    page.wrapped("  ", _rendezvous(page.machine))
+        page.section("rendezvous", "rendezvous")
+        page.wrapped("  ", _rendezvous(page.machine))
     _to_know(page)
     _environment(page)
     _software(page)

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from aifactory_train.machine.facts import Count, Facts, Line, Name, Option, Positive
+from aifactory_train.machine.facts import Count, Expanded, Facts, HostList, Line, Name, Option, Positive, fits
 
 
 class Partition(Facts):
@@ -47,13 +47,13 @@ class Slurm(Facts):
     partitions: Annotated[list[Partition], Field(min_length=1)]
     qos: list[Qos] = []
     default_qos: Name | None = None
-    node_names: str | None = None
+    node_names: HostList | None = None
     account_required: bool | None = None
-    account_hint: str | None = None
+    account_hint: Line | None = None
     qos_required: bool | None = None
     devices: Option | None = None
     cpus_per_task: Count | None = None
-    memory: str | None = None
+    memory: Annotated[str, fits(r"\d+[KMGT]?", "a number with K, M, G or T, such as 480G")] | None = None
     exclusive: bool = False
     directives: list[Option] = []
     starter: Literal["srun", "mpirun"] = "srun"
@@ -62,7 +62,7 @@ class Slurm(Facts):
     cpu_bind: Literal["map", "cores", "none"] = "cores"
     srun_options: list[Option] = []
     requeues_after_node_failure: bool | None = None
-    quirks: list[str] = []
+    quirks: list[Line] = []
 
     @property
     def partition(self) -> Partition:
@@ -87,7 +87,7 @@ class Rendezvous(Facts):
     """
 
     rule: Literal["hostname", "suffix", "ip", "interface"] = "hostname"
-    suffix: Annotated[str, Field(pattern=r"^[A-Za-z0-9.-]+$")] | None = None
+    suffix: Annotated[str, fits(r"[A-Za-z0-9.-]+", "the end of a host name")] | None = None
     interface: Name | None = None
     loopback_on_one_node: bool = False
 
@@ -109,7 +109,7 @@ class Container(Facts):
 
     runtime: Literal["apptainer", "singularity", "pyxis", "uenv"]
     image: Line | None = None
-    binds: list[Line] = []
+    binds: list[Expanded] = []
     options: list[Line] = []
 
 
