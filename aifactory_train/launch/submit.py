@@ -40,12 +40,12 @@ def launch_job(plan: Plan, run: RunDir, options: JobOptions, recipe_path: Path) 
         return f"{run.root} is finished at step {plan.recipe.n_steps}; nothing to train"
     if options.dry_run:
         return "\n".join(f"# {line}" for line in ["would be submitted by:", shlex.join(command), *_cost(plan, options)])
-    live = live_jobs(run)
+    live, folder = live_jobs(run), shlex.quote(str(run.root))
     if live:
         raise RunFolderError(
             f"job {', '.join(live)} has this run already",
             where=str(run.root),
-            do=f"aifactory-train status {run.root}, or first: aifactory-train cancel {run.root}",
+            do=f"aifactory-train status {folder}, or first: aifactory-train cancel {folder}",
         )
     with storage_errors("writing the run folder", run.root, "free space or give another folder: --run RUN"):
         write_run_folder(plan, run)
@@ -57,9 +57,10 @@ def launch_job(plan: Plan, run: RunDir, options: JobOptions, recipe_path: Path) 
         ("job", job_id),
         ("run", str(run.root)),
         *[("cost", line) for line in _cost(plan, options)],
-        ("follow", f"aifactory-train status {shlex.quote(str(run.root))}"),
-        ("", f"tail -F {shlex.quote(str(run.root))}/attempts/*/log.txt"),
-        ("end", f"aifactory-train cancel {shlex.quote(str(run.root))}"),
+        ("follow", f"aifactory-train status {folder}"),
+        # By its name: while the job waits there is no such file, and a pattern would never match it.
+        ("", f"tail -F {shlex.quote(str(run.attempt(run.last_attempt() + 1) / 'log.txt'))}"),
+        ("end", f"aifactory-train cancel {folder}"),
     ]
     return "\n".join(f"{name:<8}{text}" for name, text in rows)
 

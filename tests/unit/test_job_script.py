@@ -99,6 +99,7 @@ def job(tmp_path):
 def test_the_next_job_asks_for_what_this_one_was_given_and_does_without_bad_nodes(job):
     done, said = job()
     assert done.returncode == 0 and "the run goes on in job 777\n" in done.stdout
+    assert "$(touch pwned)/attempts/001'/log.txt\n" in done.stdout, "a command to type, also with blanks in the path"
     words = said["sbatch"][0]
     for option in ("exclude=n[2-3]", "account=proj", "partition=gpu", "qos=normal", "nodes=16", "time=6:00:00"):
         assert f"--{option} " in words

@@ -1,14 +1,18 @@
-"""The mpirun command, the variables of the ranks, and what of mpirun's output is shown."""
+"""The mpirun command, the variables of the ranks, what of mpirun's output is shown, and what launch gives to type."""
 
 import sys
+from pathlib import Path
 
 import pytest
 
 from aifactory_train.errors import MachineError, RunFolderError
 from aifactory_train.launch import env
+from aifactory_train.launch import submit as submitting
+from aifactory_train.launch.checks import JobOptions
 from aifactory_train.launch.local import check_run_folder, without_notice, write_run_folder
 from aifactory_train.launch.mpi import find_mpirun, mpirun_command
 from aifactory_train.machine.machine import Mpi
+from aifactory_train.machine.site import Partition, Slurm
 from aifactory_train.rundir import RunDir, hold
 from results_run import a_plan
 
@@ -73,3 +77,19 @@ def test_a_run_is_not_started_twice_at_once(tmp_path):
         pass
     with hold(tmp_path, busy):
         pass
+
+
+def test_what_launch_gives_to_type_works_as_it_stands(tmp_path, monkeypatch):
+    plan, run, live = a_plan(), RunDir(tmp_path / "my run"), []
+    slurm = Slurm(partitions=[Partition(name="gpu", max_time_h=2)])
+    plan = plan.model_copy(update={"machine": plan.machine.model_copy(update={"name": "lab", "slurm": slurm})})
+    monkeypatch.setattr(submitting, "check_job", lambda *_: None)
+    monkeypatch.setattr(submitting, "submit", lambda *_: "77")
+    monkeypatch.setattr(submitting, "live_jobs", lambda _: live)
+    text = submitting.launch_job(plan, run, JobOptions(), Path("recipe.yaml"))
+    log = run.attempt(1) / "log.txt"
+    assert f"tail -F '{log}'\n" in text, "a pattern matches nothing while the job waits, and the shell looks only once"
+    live.append("77")
+    with pytest.raises(RunFolderError, match="job 77 has this run already") as caught:
+        submitting.launch_job(plan, run, JobOptions(), Path("recipe.yaml"))
+    assert f"aifactory-train cancel '{run.root}'" in caught.value.render()
