@@ -25,7 +25,16 @@ from aifactory_train.errors import (
     storage_errors,
 )
 from aifactory_train.hostlist import compress, expand
-from aifactory_train.launch.attempts import Attempt, End, Job, Times, account, read_attempts, write_part
+from aifactory_train.launch.attempts import (
+    Attempt,
+    End,
+    Job,
+    Times,
+    account,
+    read_attempts,
+    stopped_at_the_deadline,
+    write_part,
+)
 from aifactory_train.launch.fitness import judge, render_fitness
 from aifactory_train.launch.local import check_run_folder, default_run_folder, write_run_folder
 from aifactory_train.launch.squeue import ask_squeue
@@ -166,6 +175,7 @@ def end(attempt: Path, exit_code: int, down_nodes: str, terminated: bool) -> int
         newly_bad=[host for host in bad if host not in known_bad],
         log=this.log,
         in_vain=in_vain(before, job.job_id, job.first_step),
+        out_of_time=stopped_at_the_deadline(this),
     )
     decision = decide(outcome)
     excluded = compress([*sorted(known_bad), *outcome.newly_bad])
@@ -203,6 +213,7 @@ class Outcome:
     fault: what the ranks, or the preflight, said of the error that ended them; "" if nothing.
     newly_bad: nodes that this attempt found unfit or lost, and none before it.
     in_vain: attempts in a row before it that saved nothing.
+    out_of_time: whether the ranks stopped by themselves, as the wall time was nearly over.
     """
 
     exit_code: int
@@ -217,6 +228,7 @@ class Outcome:
     newly_bad: list[str]
     log: Path
     in_vain: int = 0
+    out_of_time: bool = False
 
 
 @dataclass(frozen=True)
@@ -262,7 +274,9 @@ def decide(outcome: Outcome) -> Decision:
 
 
 def _ended(o: Outcome) -> str:
-    if o.exit_code in _MEANING:
+    if o.out_of_time and o.exit_code == Interrupted.exit_code:
+        meaning = "the wall time was nearly over"
+    elif o.exit_code in _MEANING:
         meaning = _MEANING[o.exit_code]
     elif o.exit_code - 128 in {int(number) for number in signal.Signals}:
         meaning = f"the ranks were ended by {signal.Signals(o.exit_code - 128).name}"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from aifactory_train.errors import MachineError
-from aifactory_train.launch.attempts import Attempt, read_attempts
+from aifactory_train.launch.attempts import Attempt, read_attempts, stopped_at_the_deadline
 from aifactory_train.launch.chain import job_ids
 from aifactory_train.launch.squeue import QueuedJob, ask_squeue, has_ranks, scancel
 from aifactory_train.plan.plan import Plan, load_plan
@@ -50,7 +50,7 @@ def render_status(run: RunDir) -> str:
     jobs, silence = _ask(run)
     rows = [
         ("run", str(run.root)),
-        ("recipe", f"{plan.recipe.name} on {plan.layout.world_size} ranks of {_nodes(plan)}"),
+        ("recipe", f"{plan.recipe.name} on {_counted(plan.layout.world_size, 'rank')} of {_nodes(plan)}"),
         ("state", _state(run, plan, attempts, jobs)),
         *_progress(run, plan),
         *[("job", _job_line(job)) for job in jobs or []],
@@ -58,7 +58,8 @@ def render_status(run: RunDir) -> str:
         *([("follow", f"tail -F {shlex.quote(str(attempts[-1].log))}")] if attempts else []),
     ]
     lines = [f"{name:<11}{text}" for name, text in rows]
-    return "\n".join([*lines, *_table(attempts)])
+    running = {job.job_id for job in jobs or [] if job.on_nodes}
+    return "\n".join([*lines, *_table(attempts, running)])
 
 
 def cancel(run: RunDir, now: bool) -> str:
@@ -79,7 +80,10 @@ def _cancel_job(job: QueuedJob, now: bool) -> str:
     if not job.on_nodes:
         scancel(job.job_id)
         return f"job {job.job_id} was waiting ({job.state}): taken out of the queue"
-    if now or not has_ranks(job.job_id):
+    if not now and not has_ranks(job.job_id):
+        scancel(job.job_id)
+        return f"job {job.job_id} was running, and none of its ranks: told to end; what is saved stays"
+    if now:
         scancel(job.job_id)
         return f"job {job.job_id} was running: told to end at once; what came after the last commit is lost"
     # Slurm hands it to the ranks, and not to the batch script, which sees how they end.
@@ -134,7 +138,7 @@ def _state(run: RunDir, plan: Plan, attempts: list[Attempt], jobs: list[QueuedJo
         submitted = job_ids(run)
         if not submitted:
             return "not started"
-        return f"stopped: job {submitted[-1]} is gone and never began; see its slurm-{submitted[-1]}.out"
+        return f"stopped: job {submitted[-1]} is gone and left no attempt; see its slurm-{submitted[-1]}.out"
     last = attempts[-1]
     if last.end is not None and last.end.verdict == "next":
         newest = job_ids(run)[-1:]
@@ -161,7 +165,10 @@ def _reason(attempt: Attempt) -> str:
     if attempt.newest("finish") is not None:
         return "finished"
     if stop is not None:
-        return f"after step {stop.get('step')} by {stop.get('signal')}; launch again to go on"
+        after = f"after step {stop.get('step')}"
+        if stopped_at_the_deadline(attempt):
+            return f"{after}, as the wall time was nearly over; should no job follow, launch again"
+        return f"{after} by {stop.get('signal')}; launch again to go on"
     if fault is not None:
         return str(fault.get("message"))
     return f"it went without a word; see {attempt.log}, and launch again to go on"
@@ -214,30 +221,38 @@ def _job_line(job: QueuedJob) -> str:
 
 
 def _nodes(plan: Plan) -> str:
-    n = plan.layout.n_nodes
-    return f"{n} node{'s' * (n > 1)} of {plan.machine.name}"
+    return f"{_counted(plan.layout.n_nodes, 'node')} of {plan.machine.name}"
 
 
-def _table(attempts: list[Attempt]) -> list[str]:
+def _counted(n: int, noun: str) -> str:
+    return f"{n} {noun}{'s' * (n != 1)}"
+
+
+def _table(attempts: list[Attempt], running: set[str]) -> list[str]:
+    """`running`: ids of the jobs that have their nodes."""
     if not attempts:
         return []
-    cells = [("attempt", "job", "nodes", "steps", "time", "exit", "then"), *[_cells(a) for a in attempts]]
+    cells = [
+        ("attempt", "job", "nodes", "steps", "time", "exit", "then"),
+        *[_cells(a, a is attempts[-1] and a.job is not None and a.job.job_id in running) for a in attempts],
+    ]
     widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]) - 1)]
     padded = ([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[-1]] for row in cells)
     return ["", *["  ".join(row).rstrip() for row in padded]]
 
 
-def _cells(a: Attempt) -> tuple[str, ...]:
+def _cells(a: Attempt, under_way: bool) -> tuple[str, ...]:
     start = a.newest("start")
     first = start["step"] if start else a.job.first_step if a.job else 0
     steps = f"{first}-{a.rows[-1]['step']}" if a.rows else f"{first}-"
+    until_s = max(a.last_seen_s, time.time()) if under_way and a.end is None else a.last_seen_s
     over = a.end is not None or any(a.newest(kind) for kind in ("stop", "fault", "finish"))
     return (
         str(a.number),
         a.job.job_id if a.job else "here",
         a.job.node_list if a.job else "1",
         steps,
-        format_seconds(a.last_seen_s - a.begin_s),
+        format_seconds(until_s - a.begin_s),
         str(a.end.exit_code) if a.end else "-",
         f"{a.end.verdict}: {a.end.reason}" if a.end else _reason(a) if over else "",
     )

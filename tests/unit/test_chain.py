@@ -208,6 +208,7 @@ def test_an_attempt_stopped_by_its_deadline_says_where_its_time_went(tmp_path, m
     assert chain.end(attempt, 143, "", False) == 75
     record = ended(attempt)
     assert record["verdict"] == "next" and record["last_step"] == 55 and record["excluded"] == ""
+    assert record["reason"].startswith("the wall time was nearly over")
     times = [record[k] for k in ("in_job_s", "startup_s", "training_s", "unused_s", "redone_steps")]
     assert times == [132, 12, 110, 8, 0]
     out, err = capsys.readouterr()

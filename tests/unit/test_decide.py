@@ -43,6 +43,13 @@ def test_no_progress_stops_with_the_ranks_own_code_and_what_to_look_at(code):
     assert "launch again" in decision.reason and "step 100 of 300 is saved" in decision.reason
 
 
+def test_ranks_that_ran_out_of_time_were_not_told_to_stop():
+    reason = decide(outcome(last_step=120, out_of_time=True)).reason
+    assert reason.startswith("the wall time was nearly over") and "told to stop" not in reason
+    assert "told to stop" in decide(outcome(last_step=120)).reason
+    assert decide(outcome(exit_code=139, last_step=120, out_of_time=True)).reason.startswith("the ranks were ended by")
+
+
 def test_ranks_that_ended_well_and_early_without_progress_do_not_pass_for_success():
     assert decided(exit_code=0) == ("stop", 1)
     assert decided(exit_code=75) == ("stop", 1), "the batch script would submit the next job"

@@ -141,6 +141,24 @@ def test_attempts_are_listed_with_how_they_ended_and_why(run, slurm, clock):
     assert table[2] == ["2", "2159005", "node[1-2]", "100-140", "2 min 00 s", "-"]
 
 
+def test_an_attempt_under_way_has_taken_until_now_and_one_that_is_gone_until_its_last_line(run, slurm, clock):
+    attempt(run, 1)
+    start(run, at_s=1)
+    clock.s = START_S + 90
+    assert "1 s" in render_status(run).splitlines()[-1]
+    slurm.queue = RUNNING
+    assert "90 s" in render_status(run).splitlines()[-1]
+
+
+def test_ranks_that_stopped_as_the_time_is_nearly_over_need_no_launch(run, slurm, clock):
+    slurm.queue = RUNNING
+    attempt(run, 1)
+    start(run, at_s=1)
+    event(run, "stop", 80, step=55, signal="SIGXCPU")
+    row = render_status(run).splitlines()[-1]
+    assert row.endswith("after step 55, as the wall time was nearly over; should no job follow, launch again")
+
+
 def test_a_resumed_attempt_without_a_line_yet_stands_at_its_commit(run, slurm):
     attempt(run, 1)
     start(run)
@@ -166,7 +184,7 @@ def test_a_chain_whose_next_job_is_missing_says_so(run, slurm):
 
 def test_a_job_that_is_gone_without_a_word_is_not_shown_as_running(run, slurm):
     note_job(run, "2159000")
-    assert "never began" in shown(run, "state")[0] and "slurm-2159000.out" in shown(run, "state")[0]
+    assert "left no attempt" in shown(run, "state")[0] and "slurm-2159000.out" in shown(run, "state")[0]
     attempt(run, 1)
     assert shown(run, "state")[0].startswith("stopped: it went without a word")
 
@@ -251,8 +269,9 @@ def test_cancel_now_does_not_wait_for_a_save(run, slurm):
 def test_a_job_without_ranks_yet_has_nothing_to_save_and_is_ended(run, slurm):
     slurm.queue, slurm.steps = RUNNING, "2159000.batch\n2159000.extern\n"
     note_job(run, "2159000")
-    cancel(run, now=False)
+    text = cancel(run, now=False)
     assert slurm.scancelled == [["2159000"]], "the signal would reach nobody"
+    assert "none of its ranks" in text and "lost" not in text, "also where the ranks have just saved and ended"
 
 
 def test_cancel_without_a_live_job_leaves_no_mark(run, slurm):
