@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -59,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--svg", type=Path, metavar="FILE", help="draw the node into FILE as well")
     stage = verb("stage", "gather what a compute node without internet will need", _stage)
     stage.add_argument("recipe", type=Path, help="configs/recipes/NAME.yaml")
-    stage.add_argument("--to", type=Path, required=True, metavar="DIR", help="folder that compute nodes can read")
+    stage.add_argument("--to", type=_path, required=True, metavar="DIR", help="folder that compute nodes can read")
     for name, help_text, run in (
         ("prepare", "text to tokenizer and token shards", _prepare),
         ("plan", "layout, memory and time of a recipe on a machine", _plan),
@@ -67,12 +68,12 @@ def _parser() -> argparse.ArgumentParser:
     ):
         _add_recipe_options(verb(name, help_text, run), name)
     status = verb("status", "how far a run is, and what its jobs do", _status)
-    status.add_argument("run", type=Path, help="run folder")
+    status.add_argument("run", type=_path, help="run folder")
     cancel = verb("cancel", "save and end a run, and submit no further job", _cancel)
-    cancel.add_argument("run", type=Path, help="run folder")
+    cancel.add_argument("run", type=_path, help="run folder")
     cancel.add_argument("--now", action="store_true", help="do not wait for a save")
     train = verb("train", "what each rank runs: train the plan of a run folder", _train)
-    train.add_argument("run", type=Path, help="run folder that holds plan.json")
+    train.add_argument("run", type=_path, help="run folder that holds plan.json")
     train.add_argument(
         "--bar", type=int, default=0, metavar="COLUMNS", help="progress bar of that width instead of log lines"
     )
@@ -81,11 +82,11 @@ def _parser() -> argparse.ArgumentParser:
     preflight.add_argument("attempt", type=Path, help="folder of the attempt")
     _add_attempt_verb(verb("attempt", "what a batch script runs before and after the ranks: begin, end", _attempt))
     export = verb("export", "newest commit to a Hugging Face folder", _export)
-    export.add_argument("run", type=Path, help="run folder")
+    export.add_argument("run", type=_path, help="run folder")
     report = verb("report", "result.json, report.html and a summary of a run", _report)
-    report.add_argument("run", type=Path, help="run folder")
+    report.add_argument("run", type=_path, help="run folder")
     sample = verb("sample", "text by the exported model, through plain transformers", _sample)
-    sample.add_argument("run", type=Path, help="run folder that has been exported")
+    sample.add_argument("run", type=_path, help="run folder that has been exported")
     sample.add_argument("--prompt", default="def __init__(self", help="text to continue (default: %(default)s)")
     sample.add_argument("--tokens", type=int, default=60, help="tokens to generate (default %(default)s)")
     sample.add_argument("--seed", type=int, default=0, help="of the random choice (default %(default)s)")
@@ -100,7 +101,7 @@ def _add_recipe_options(sub: argparse.ArgumentParser, name: str) -> None:
     sub.add_argument("--machine", default="local", help="name in configs/machines/, a file, or local (default)")
     sub.add_argument("--nodes", type=int, default=1, help="nodes of the machine (default 1)")
     sub.add_argument("--cpu-ranks", type=int, default=1, help="ranks where the machine has no GPU (default 1)")
-    sub.add_argument("--run", type=Path, help="run folder (default runs/NAME)")
+    sub.add_argument("--run", type=_path, help="run folder (default runs/NAME)")
     if name == "launch":
         _add_job_options(sub)
 
@@ -121,7 +122,7 @@ def _add_attempt_verb(attempt: argparse.ArgumentParser) -> None:
     begin.add_argument("recipe", type=Path)
     begin.add_argument("--machine", required=True)
     begin.add_argument("--nodes", type=int, required=True)
-    begin.add_argument("--run", type=Path, help="run folder (default runs/NAME)")
+    begin.add_argument("--run", type=_path, help="run folder (default runs/NAME)")
     begin.add_argument("--job-id", type=_job_id, required=True)
     begin.add_argument("--node-list", type=_hosts, required=True, help="hosts of the job, in Slurm's syntax")
     begin.add_argument(
@@ -135,7 +136,7 @@ def _add_attempt_verb(attempt: argparse.ArgumentParser) -> None:
     end.add_argument("--down-nodes", type=_hosts, default="", help="hosts that Slurm has lost, in its syntax")
     end.add_argument("--terminated", action="store_true", help="the batch script itself was told to end")
     submitted = what.add_parser("submitted", help="note the job that goes on with a run")
-    submitted.add_argument("run", type=Path)
+    submitted.add_argument("run", type=_path)
     submitted.add_argument("job_id", type=_job_id)
 
 
@@ -143,6 +144,12 @@ def _seconds(text: str) -> float | None:
     if text and not text.replace(".", "", 1).isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds")
     return float(text) if text else None
+
+
+def _path(text: str) -> Path:
+    if not text:  # an unset variable, and not the folder that we stand in
+        raise argparse.ArgumentTypeError("it is empty; is the variable set?")
+    return Path(text)
 
 
 def _job_id(text: str) -> str:
@@ -189,6 +196,7 @@ def _machines(args: argparse.Namespace) -> int:
     from aifactory_train.machine.check import check_machines
     from aifactory_train.machine.draw import render_svg
     from aifactory_train.machine.load import load_machine, machine_names
+    from aifactory_train.machine.page import WIDTH
     from aifactory_train.machine.show import render_list, render_machine
     from aifactory_train.rundir import write_atomic
 
@@ -196,8 +204,9 @@ def _machines(args: argparse.Namespace) -> int:
         text, n_faults = check_machines(args.names or machine_names())
         print(text)
         return 2 if n_faults else 0
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     if args.what != "show":
-        print(render_list([load_machine(name) for name in args.names or machine_names()]))
+        print(render_list([load_machine(name) for name in args.names or machine_names()], width))
         return 0
     if args.svg is not None and len(args.names) > 1:
         raise MachineError(
@@ -206,7 +215,7 @@ def _machines(args: argparse.Namespace) -> int:
             do=f"one at a time: aifactory-train machines show {args.names[0]} --svg {args.svg}",
         )
     for machine in [load_machine(name) for name in args.names or ["local"]]:
-        print(render_machine(machine))
+        print(render_machine(machine, min(WIDTH, max(60, width or WIDTH))))
         if args.svg is not None:
             with storage_errors("writing the drawing", args.svg, "give another file: --svg FILE"):
                 write_atomic(args.svg, render_svg(machine))

@@ -16,8 +16,8 @@ NOT_KNOWN = "not known"
 class Page:
     """Lines of one machine; `ref` numbers the sources as they are listed at the end."""
 
-    def __init__(self, machine: Machine) -> None:
-        self.machine = machine
+    def __init__(self, machine: Machine, width: int = WIDTH) -> None:
+        self.machine, self.width = machine, width
         title = f"{machine.name}: {machine.title}" if machine.title else machine.name
         self.lines = [title]
         if machine.nodes is not None:
@@ -46,7 +46,7 @@ class Page:
     def wrapped(self, first: str, text: str) -> None:
         self.lines += textwrap.wrap(
             text,
-            WIDTH,
+            self.width,
             initial_indent=first,
             subsequent_indent=" " * len(first),
             break_long_words=False,

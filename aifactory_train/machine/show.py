@@ -15,6 +15,7 @@ from aifactory_train.machine.node import (
 )
 from aifactory_train.machine.page import (
     NOT_KNOWN,
+    WIDTH,
     Page,
     columns,
     known,
@@ -32,23 +33,41 @@ LIST_HEAD = (
     *("name", "title", "nodes", "devices\nper node", "bf16 peak\nper device", "host\nmemory", "network\nper device"),
     *("partition", "most\nnodes", "longest\njob", "internet\ninside"),
 )
+LEFT_OUT_FIRST = ("title", "partition", "host\nmemory", "network\nper device", "bf16 peak\nper device")
 
 
-def render_list(machines: list[Machine]) -> str:
-    """One row for each machine; "?" is what the file does not know. Limits are those of a job by default."""
-    rows = [[part.split("\n") for part in LIST_HEAD]]
-    rows += [[[cell] for cell in _list_row(machine)] for machine in machines]
-    cells = [[row[i][line] if line < len(row[i]) else "" for i in range(len(row))] for row in rows for line in range(2)]
-    cells = [row for row in cells if any(row)]
-    return "\n".join(columns(cells)) + "\nnetwork: one direction; internet inside: from compute nodes; ?: not known"
+def render_list(machines: list[Machine], width: int | None = None) -> str:
+    """One row for each machine; "?" is what the file does not know. Limits are those of a job by default.
+
+    width: of the terminal; columns that it has no room for are left out, and named below. None: all of them.
+    """
+    heads = list(LIST_HEAD)
+    lines = _table(machines, heads)
+    left_out: list[str] = []
+    for head in LEFT_OUT_FIRST:
+        if width is None or max(map(len, lines)) <= width:
+            break
+        heads.remove(head)
+        left_out.append(head.split("\n")[0])
+        lines = _table(machines, heads)
+    lines.append("network: one direction; internet inside: from compute nodes; ?: not known")
+    if left_out:
+        lines.append(f"no room here for {', '.join(left_out)}; in a pipe there is: | less -S")
+    return "\n".join(lines)
 
 
-def render_machine(machine: Machine) -> str:
+def _table(machines: list[Machine], heads: list[str]) -> list[str]:
+    shown = [LIST_HEAD.index(head) for head in heads]
+    rows = [[LIST_HEAD[i].partition("\n")[::2][line] for i in shown] for line in range(2)]
+    return columns(rows + [[_list_row(machine)[i] for i in shown] for machine in machines])
+
+
+def render_machine(machine: Machine, width: int = WIDTH) -> str:
     """The node, how nodes are joined, the site's rules, the sources (numbered, as in the brackets) and what is unknown.
 
-    At most 100 columns, but for paths and values that are longer themselves.
+    At most `width` columns, but for paths and values that are longer themselves.
     """
-    page = Page(machine)
+    page = Page(machine, width)
     _devices(page)
     _places(page)
     _links(page)
@@ -150,8 +169,11 @@ def _network(page: Page) -> None:
     if group:
         page.row("shape", ", ".join(group), "network.shape", "network.groups", "network.nodes_per_group")
     count = "?" if network.nics_per_node is None else str(network.nics_per_node)
-    rate = units.format_gbit_per_s(network.nic_gbit_per_s)
-    page.row("NICs per node", f"{count} x {known(rate)}", "network.nics_per_node", "network.nic_gbit_per_s")
+    if network.nic_gbit_per_s is not None:
+        count += f" x {units.format_gbit_per_s(network.nic_gbit_per_s)}"
+    elif network.nics_per_node is not None:
+        count += ", their rate is not known"
+    page.row("NICs per node", count, "network.nics_per_node", "network.nic_gbit_per_s")
     total, share = network_bytes_per_s(machine), network_bytes_per_s_of_device(machine)
     if total is not None:
         page.row("rate", f"{shown_gb_per_s(total)} per node, {shown_gb_per_s(share)} per device, in one direction")

@@ -10,7 +10,8 @@ import pytest
 from aifactory_train.cli import main
 from aifactory_train.errors import MachineError
 from aifactory_train.launch.slurm import render_job
-from aifactory_train.machine.load import load_machine
+from aifactory_train.machine.load import load_machine, machine_names
+from aifactory_train.machine.show import render_list, render_machine
 from aifactory_train.strictyaml import configs_dir
 
 LUMI = (configs_dir() / "machines" / "lumi-g.yaml").read_text()
@@ -133,6 +134,15 @@ def test_a_drawing_goes_to_a_file_and_to_one_only(tmp_path, capsys):
     assert code == 0 and (tmp_path / "a.svg").read_text().startswith("<svg")
 
 
+def test_a_folder_whose_variable_is_not_set_is_not_the_folder_here(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    recipe = str(configs_dir() / "recipes" / "demo.yaml")
+    for argv in (["stage", recipe, "--to", ""], ["plan", recipe, "--run", ""], ["status", ""]):
+        code, text = said(capsys, *argv)
+        assert code == 2 and "it is empty; is the variable set?" in text
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_a_script_hands_to_an_attempt_is_checked_before_anything_is_written(tmp_path, capsys):
     begin = ["attempt", "begin", str(configs_dir() / "recipes" / "demo.yaml"), "--machine", "lumi-g", "--nodes", "1"]
     begin += ["--run", str(tmp_path / "run")]
@@ -144,6 +154,19 @@ def test_what_a_script_hands_to_an_attempt_is_checked_before_anything_is_written
     for verb in (["attempt", "end", "--exit-code", "0"], ["preflight"]):
         code, text = said(capsys, *verb, str(tmp_path / "nothing"))
         assert code == 2 and "no such folder" in text and str(tmp_path / "nothing") in text
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_a_narrow_terminal_gets_the_columns_that_it_has_room_for(width):
+    machines = [load_machine(name) for name in machine_names()]
+    everything, lines = render_list(machines).splitlines(), render_list(machines, width).splitlines()
+    assert max(map(len, lines)) <= width < max(map(len, everything))
+    assert len(lines) == len(everything) + 1 and "no room here for title" in lines[-1]
+    for line, machine in zip(lines[2:], machines, strict=False):
+        assert line.startswith(machine.name) and f"{machine.device.per_node} x " in line
+    pages = [render_machine(machine, width) for machine in machines]
+    too_long = [line for page in pages for line in page.splitlines() if len(line) > width]
+    assert all(max(map(len, line.split())) > 40 for line in too_long), "only a path or a value may stick out"
 
 
 def test_a_machine_of_one_node_without_slurm_is_shown_without_a_word_about_jobs(capsys):
