@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one verb; returns the exit code. See errors.py for what each code means."""
-    args = _parser().parse_args(argv)
     try:
+        args = _parser().parse_args(argv)
         return int(args.verb(args) or 0)
     except AifactoryError as error:
         print(error.render(), file=sys.stderr)

@@ -48,7 +48,7 @@ def start(root: Path, stop_flag: StopFlag, bar_columns: int, timeout_s: float) -
             code = 1
         else:
             lost = TrainingFault(
-                f"another rank went away: {str(error).splitlines()[0]}",
+                f"another rank went away: {str(error).splitlines()[0][:200]}",
                 where=f"rank {rank}",
                 do="look above for the first error; launch again: it resumes at the last commit",
             )
@@ -74,8 +74,8 @@ def _report(error: AifactoryError, rank: int, run: Run | None, root: Path) -> in
     if rank == 0 or not error.on_every_rank:
         prefix = "" if rank == 0 else f"[rank {rank}] "
         print(f"{prefix}{error.render()}", file=sys.stderr, flush=True)
-    told_to_stop = isinstance(error, Interrupted)
-    if rank == 0 and not told_to_stop and (run is not None or isinstance(error, TrainingFault)):
+    # A fault before there is a Run is told to the chain of jobs too, where the folder is one of a run.
+    if rank == 0 and not isinstance(error, Interrupted) and (run is not None or RunDir(root).plan.exists()):
         try:
             log_event(RunDir(root), "fault", message=error.what)
         except AifactoryError as disk:
