@@ -108,7 +108,8 @@ def copy_tokenizer(path: str, folder: Path) -> None:
 
     where, do = f"data.tokenizer.path {path}", "give a folder that holds tokenizer.json and tokenizer_config.json"
     if not Path(path).is_dir():
-        raise DataError(f"tokenizer folder {path} does not exist", where=where, do=do)
+        fetch = "; a tokenizer of the hub is fetched by: aifactory-train stage RECIPE --to DIR"
+        raise DataError(f"tokenizer folder {path} does not exist", where=where, do=do + fetch)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     except Exception as error:  # anything that a damaged folder makes the library raise
