@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from slurm.cluster import Cluster
+from slurm.cluster import Cluster, poll
 
 
 def script(folder, *lines):
@@ -29,11 +29,11 @@ def test_a_job_runs_on_two_nodes(cluster, tmp_path):
 
 def test_stop_leaves_no_process_behind(munge, tmp_path):
     slurm = Cluster(tmp_path, munge, 2)
+    job = slurm.sbatch("-N2", "--output=/dev/null", script(tmp_path, "trap '' TERM", "srun sleep 300"))
+    poll(lambda: len(slurm.processes()) > 5, "the start of the job", 30, slurm.story)
     with pytest.raises(AssertionError, match="did not happen"):
-        job = slurm.sbatch("-N2", "--output=/dev/null", script(tmp_path, "trap '' TERM", "srun sleep 300"))
-        slurm.wait(job, timeout_s=2)
+        slurm.wait(job, timeout_s=1)
     seen = slurm.processes()
-    assert len(seen) > 5
     slurm.stop()
     assert slurm.processes() == {}
     assert not [pid for pid in seen if is_alive(pid)]
