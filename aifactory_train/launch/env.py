@@ -44,9 +44,15 @@ def local_variables(plan: Plan) -> list[Variable]:
     return rank_variables(plan.machine, plan.layout.threads_per_rank) + here
 
 
-def local_environment(plan: Plan) -> dict[str, str]:
-    """The launcher's environment with the variables of the ranks; what the user has set wins."""
-    return {**{v.name: v.value for v in local_variables(plan)}, **os.environ}
+def local_environment(plan: Plan, mpi_folder: str) -> dict[str, str]:
+    """The launcher's environment with the variables of the ranks; what the user has set wins.
+
+    Args:
+        mpi_folder: where mpirun keeps its files. Its own choice, /tmp/ompi.PID, stays behind when it is killed, and
+            a later mpirun that gets the same process id does not start (Open MPI 5.0).
+    """
+    ours = {v.name: v.value for v in local_variables(plan)} | {"PRTE_MCA_prte_tmpdir_base": mpi_folder}
+    return {**ours, **os.environ}
 
 
 def job_variables(machine: Machine, threads: int) -> list[Variable]:

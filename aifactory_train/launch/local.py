@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any
@@ -59,8 +60,8 @@ def _start_ranks(plan: Plan, run: RunDir, lock: IO[str]) -> int:
     attempt = run.attempt(run.last_attempt() + 1)
     attempt.mkdir(parents=True)
     write_atomic(attempt / "command.sh", _command_text(plan, run))
-    with open(attempt / "log.txt", "wb") as log:
-        return _run(_command(plan, run), local_environment(plan), log, lock)
+    with tempfile.TemporaryDirectory(prefix="aifactory-train-") as mpi_folder, open(attempt / "log.txt", "wb") as log:
+        return _run(_command(plan, run), local_environment(plan, mpi_folder), log, lock)
 
 
 def _command(plan: Plan, run: RunDir) -> list[str]:

@@ -1,5 +1,7 @@
 """The mpirun command, the variables of the ranks, what of mpirun's output is shown, and what launch gives to type."""
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -39,9 +41,22 @@ def test_every_variable_of_a_rank_has_a_reason_and_the_users_own_value_wins(monk
     plan = a_plan()
     assert all(v.why for v in env.local_variables(plan))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert env.local_environment(plan)["OMP_NUM_THREADS"] == str(plan.layout.threads_per_rank)
+    assert env.local_environment(plan, "/x")["OMP_NUM_THREADS"] == str(plan.layout.threads_per_rank)
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    assert env.local_environment(plan)["OMP_NUM_THREADS"] == "7"
+    assert env.local_environment(plan, "/x")["OMP_NUM_THREADS"] == "7"
+
+
+def test_a_folder_that_a_killed_mpirun_left_behind_stops_no_later_one(tmp_path):
+    """The later one gets the same process id: it replaces the shell that knows its own."""
+    mpirun = mpirun_command(a_plan().machine, 1, ["true"])
+    files = '"$0/ompi.$$/pmix.$(hostname).tool" "$0/ompi.$$/pmix.$(hostname).tool.$$"'
+    stale = f'mkdir "$0/ompi.$$"; touch {files}; exec "$@"'
+    base = {**os.environ, "TMPDIR": str(tmp_path)}
+    folder = tmp_path / "of its own"
+    folder.mkdir()
+    for environment, fails in ((base, True), (env.local_environment(a_plan(), str(folder)) | base, False)):
+        done = subprocess.run(["bash", "-c", stale, str(tmp_path), *mpirun], env=environment, capture_output=True)
+        assert (done.returncode != 0) == fails, done.stderr
 
 
 def test_the_embedded_mpirun_lies_beside_our_python_and_a_sites_is_looked_up():
