@@ -16,6 +16,7 @@ class ByDtype(Facts):
 
     fp32: Positive | None = None
     bf16: Positive | None = None
+    fp8: Positive | None = None
 
 
 class Device(Facts):

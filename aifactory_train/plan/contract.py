@@ -12,21 +12,46 @@ class Part(BaseModel):
 
 
 class Layout(Part):
-    """Degrees in nesting order, and how one rank's share of the batch is cut.
+    """Degrees of the axes in nesting order, outermost first, and how one replica's share of the batch is cut.
 
-    global_batch_rows = world_size * accumulation * micro_batch_rows
+    world_size = pp * dp_replicate * dp_shard * cp * tp
+    global_batch_rows = dp_replicate * dp_shard * accumulation * micro_batch_rows
+
+    zero_stage: what dp_shard (together with cp) splits: 1 optimizer state, 2 and gradients, 3 and parameters.
+    stages_per_rank: pipeline stages on each rank; above 1 the schedule is interleaved.
+    offload: "optimizer" keeps the optimizer state in host memory and steps there.
+    device_order: the device of each local rank of a node; empty where local rank n drives device n.
     """
 
-    engine: Literal["fsdp2"]
+    engine: Literal["fsdp2", "deepspeed"]
     world_size: int
+    n_nodes: int = 1
+    pp: int = 1
+    dp_replicate: int = 1
     dp_shard: int
+    cp: int = 1
+    tp: int = 1
+    zero_stage: Literal[1, 2, 3] = 3
+    stages_per_rank: int = 1
     micro_batch_rows: int
     accumulation: int
     reshard_after_forward: bool
-    remat: Literal["none", "full"]
-    precision: Literal["fp32", "bf16"]
+    remat: Literal["none", "selective", "full"]
+    compile: bool = False
+    precision: Literal["fp32", "bf16", "fp8"]
+    offload: Literal["none", "optimizer"] = "none"
     threads_per_rank: int
-    n_nodes: int = 1
+    device_order: list[int] = []
+
+    @property
+    def dp(self) -> int:
+        """Replicas that see different rows."""
+        return self.dp_replicate * self.dp_shard
+
+    @property
+    def shard_degree(self) -> int:
+        """Ranks over which FSDP or ZeRO splits: context-parallel ranks hold the same weights, so they share too."""
+        return self.dp_shard * self.cp
 
 
 class Shape(Part):

@@ -120,7 +120,7 @@ def _micro_batches(recipe: Recipe, rows_per_rank: int) -> list[int]:
     return [given]
 
 
-def _cut(layout: Layout, rows_per_rank: int, micro: int, reshard: bool, remat: Literal["none", "full"]) -> Layout:
+def _cut(layout: Layout, rows_per_rank: int, micro: int, reshard: bool, remat: Literal["none", "selective", "full"]) -> Layout:
     changes = {"micro_batch_rows": micro, "accumulation": rows_per_rank // micro, "reshard_after_forward": reshard}
     return layout.model_copy(update={**changes, "remat": remat})
 

@@ -12,7 +12,8 @@ from typing import Literal
 from aifactory_train.plan.contract import Shape
 from aifactory_train.recipe.schema import Model
 
-BYTES = {"fp32": 4, "bf16": 2}
+# Outside the matrix products fp8 training holds everything in bf16.
+BYTES = {"fp32": 4, "bf16": 2, "fp8": 2}
 # Tokens per chunk of the loss (models/loss.py), so that the logits of a whole micro-batch are never held.
 LOSS_CHUNK_TOKENS = 1024
 # Longest rows for which attention on a CPU goes in chunks that keep their weights (models/attention.py).
@@ -23,10 +24,10 @@ CPU_CHUNKED_ROW_TOKENS = 1024
 class Kept:
     """What decides the bytes of a kept activation, beside the shapes."""
 
-    precision: Literal["fp32", "bf16"]
+    precision: Literal["fp32", "bf16", "fp8"]
     device_kind: Literal["cpu", "cuda", "rocm"]
     document_mask: bool
-    remat: Literal["none", "full"] = "none"
+    remat: Literal["none", "selective", "full"] = "none"
 
 
 def n_block_matrix_parameters(model: Model) -> int:
