@@ -1,0 +1,68 @@
+"""What the estimates are about, without the rest of a recipe: the model, its batch, and how the software works.
+
+`benchmarks/plan_accuracy` fills both for runs that others published, so that one code predicts theirs and ours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from aifactory_train.recipe.schema import Model, Recipe
+
+
+@dataclass(frozen=True)
+class Work:
+    """One optimizer step: `global_batch_rows` rows of `seq_len_tokens` tokens through `model`."""
+
+    model: Model
+    seq_len_tokens: int
+    global_batch_rows: int
+    document_mask: bool = False
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    asynchronous_save: bool = False
+    checkpoint_every_steps: int | None = None
+
+    @property
+    def global_batch_tokens(self) -> int:
+        return self.global_batch_rows * self.seq_len_tokens
+
+
+def work_of(recipe: Recipe) -> Work:
+    return Work(
+        model=recipe.model,
+        seq_len_tokens=recipe.data.seq_len_tokens,
+        global_batch_rows=recipe.global_batch_rows,
+        document_mask=recipe.data.document_mask,
+        optimizer=recipe.optim.name,
+        asynchronous_save=recipe.checkpoint.asynchronous,
+        checkpoint_every_steps=recipe.checkpoint.every_steps,
+    )
+
+
+@dataclass(frozen=True)
+class Software:
+    """What an implementation does where that moves time or memory. The defaults are this framework.
+
+    attention: "unfused" writes the scores to memory; the others are generations of the flash attention kernels.
+    fused_elementwise: norms, RoPE, activation function and residual sums run as few kernels (compiled or by hand);
+        None: as the layout's `compile` says.
+    loss_chunk_tokens: logits are held for so many tokens at once; None: for the whole micro-batch, in fp32 too.
+    fp32_gradients: gradients are added up over micro-batches in fp32, else in the precision of the model.
+    sequence_parallel: between the blocks activations are split over tp.
+    overlap_dp: gathers and reductions of dp run beside the computation.
+    """
+
+    attention: Literal["unfused", "flash1", "flash2", "flash3"] = "flash2"
+    fused_elementwise: bool | None = None
+    loss_chunk_tokens: int | None = 1024
+    fp32_gradients: bool = True
+    sequence_parallel: bool = True
+    overlap_dp: bool = True
+
+    @property
+    def flash_attention(self) -> bool:
+        return self.attention != "unfused"
+
+
+OURS = Software()
