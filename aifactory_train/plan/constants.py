@@ -1,22 +1,72 @@
 """Constants of the time model: few, physical, each with its meaning and unit.
 
 Fitted on published results by `make plan-accuracy`, which says in docs/planner-accuracy.md how well they carry over
-to results that they were not fitted on.
+to results that they were not fitted on. A rate that was measured on the machine takes the place of its share.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+
+def _gemm_frac() -> dict[str, float]:
+    return {
+        "volta": 0.75,
+        "ampere": 0.85,
+        "hopper": 0.75,
+        "hopper fp8": 0.65,
+        "blackwell": 0.75,
+        "blackwell fp8": 0.65,
+        "cdna2": 0.62,
+        "cdna3": 0.50,
+        "cdna3 fp8": 0.40,
+        "other": 0.60,
+        "cpu": 1.0,
+    }
+
+
+def _attention_frac() -> dict[str, float]:
+    return {"unfused": 0.40, "flash1": 0.35, "flash2": 0.55, "flash3": 0.60}
 
 
 @dataclass(frozen=True)
 class Constants:
-    """Shares of a peak are between 0 and 1; a measured rate of the machine takes the place of its share."""
+    """Shares of a peak are between 0 and 1.
 
-    node_link_frac: float = 0.75  # of the vendor's rate of the links inside a node, by a large collective
-    nic_frac: float = 0.75  # of a NIC's rate, by a large collective
-    node_latency_s: float = 10e-6  # start of a collective inside a node, and per hop of its ring
-    nic_latency_s: float = 25e-6  # the same between nodes
+    gemm_frac: of the peak, by a large matrix product that runs again and again within the power limit.
+    gemm_half_size: a matrix side of so many elements, on a device of 150 FLOP per byte, halves that rate (tiles that
+        are not full, start of the pipelines); it grows with the device's FLOP per byte.
+    attention_frac: of the peak, by the attention kernel over the causal half; "unfused" is its matrix products alone.
+    newer_attention_frac: what is left of that for kernels of before Hopper (flash1, flash2) on newer devices.
+    memory_frac: of the memory rate, by operations between the matrix products and by the optimizer.
+    kernel_gap_s: a device waits so long between two kernels.
+    node_link_frac, nic_frac: of the links' rate, by a large collective. *_latency_s: start of one, and per hop.
+    tp_overlap_frac: of tensor-parallel communication, hidden where the software overlaps it.
+    cp_overlap_frac: of context-parallel communication, hidden behind the attention.
+    dp_overlap_frac: of the computation, behind which gathers and reductions of data parallelism can hide.
+    contention_frac: of hidden communication, paid for by slower computation beside it.
+    straggler_frac: of the step, by which it grows with each doubling of the number of nodes.
+    step_host_s: per step, what no kernel hides: reading the norm, logging, the optimizer's many small launches.
+    power_exponent: rate of a device ~ (its power limit / that of the stock part) to this power.
+    """
+
+    gemm_frac: dict[str, float] = field(default_factory=_gemm_frac)
+    gemm_half_size: float = 60.0
+    attention_frac: dict[str, float] = field(default_factory=_attention_frac)
+    newer_attention_frac: float = 0.65
+    memory_frac: float = 0.75
+    kernel_gap_s: float = 3e-6
+    node_link_frac: float = 0.75
+    nic_frac: float = 0.75
+    node_latency_s: float = 10e-6
+    nic_latency_s: float = 25e-6
+    tp_overlap_frac: float = 0.5
+    cp_overlap_frac: float = 0.7
+    dp_overlap_frac: float = 0.8
+    contention_frac: float = 0.15
+    straggler_frac: float = 0.005
+    step_host_s: float = 0.02
+    power_exponent: float = 0.5
 
 
 CONSTANTS = Constants()

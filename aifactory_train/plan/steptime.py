@@ -1,54 +1,252 @@
-"""Seconds per optimizer step by named term. A term is None where the rate behind it is not known."""
+"""Seconds per optimizer step by named term; they add up to the step.
+
+The slowest pipeline stage sets the pace: micro-batches x (its computation + its communication that nothing hides),
+and once per step the pipeline's fill, the exchange of gradients and the optimizer. All terms are of the rank that
+takes longest.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from aifactory_train.machine.machine import Machine
 from aifactory_train.plan import shape
+from aifactory_train.plan.blocktime import Forward, Pace, block_forward, device_pace, head_forward
+from aifactory_train.plan.constants import CONSTANTS, Constants
 from aifactory_train.plan.contract import Layout
-from aifactory_train.plan.layout import n_devices
-from aifactory_train.recipe.schema import Recipe
+from aifactory_train.plan.network import AxisLink, axis_links, collective_s
+from aifactory_train.plan.work import OURS, Software, Work
 
-# AdamW reads weight, gradient and two moments and writes weight and two moments, each fp32.
-OPTIMIZER_BYTES_PER_PARAMETER = 7 * 4
+# Per weight of the rank's share: gradient, fp32 weight and two moments read, weight and moments written, the working
+# copy written, the gradient read once for its norm and once to set it to zero.
+OPTIMIZER_BYTES_PER_PARAMETER = 4 * 4 + 3 * 4 + 2 + 4 + 4
+# The same state in host memory: read and written there.
+HOST_OPTIMIZER_BYTES_PER_PARAMETER = 7 * 4
+# Assumed where the machine file has none: PCIe 4 x16, and the share of a two-socket host's memory rate.
+HOST_LINK_BYTES_PER_S = 25e9
+HOST_MEMORY_BYTES_PER_S = 200e9
+# Backward over forward: two products for each; the flash kernel computes the scores again (5 products for 2).
+BACKWARD_GEMMS, BACKWARD_FLASH, BACKWARD_ELEMENTWISE = 2.0, 2.5, 2.0
 
 
-def estimate_step_time_s(recipe: Recipe, machine: Machine, layout: Layout) -> dict[str, float | None]:
-    """Seconds of one step on one rank, a lower bound. On a CPU the ranks of a node share its rates.
+@dataclass(frozen=True)
+class _Compute:
+    """Seconds of one micro-batch on the slowest stage, and the mean over stages."""
 
-    Rates are measured ones; where there are none, the vendor's peaks, which no device passes.
-    """
-    model, seq = recipe.model, recipe.data.seq_len_tokens
-    share = n_devices(machine, layout) / layout.world_size
-    tokens_per_rank = recipe.train.global_batch_tokens / layout.world_size
-    flops = shape.model_flops_per_token(model, seq) * tokens_per_rank
-    again_flops = shape.recomputed_flops_per_token(model, seq, layout.remat) * tokens_per_rank
-    moved_bytes = shape.elementwise_bytes_per_token(model, layout.precision) * tokens_per_rank
-    optimizer_bytes = OPTIMIZER_BYTES_PER_PARAMETER * shape.n_parameters(model) / layout.dp_shard
-    matmul_rate, memory_rate = matmul_flops_per_s(machine, layout), memory_bytes_per_s(machine)
-    return {
-        "matmul": _seconds(flops, matmul_rate, share),
-        **({"recomputation": _seconds(again_flops, matmul_rate, share)} if layout.remat != "none" else {}),
-        "elementwise": _seconds(moved_bytes, memory_rate, share),
-        "optimizer": _seconds(optimizer_bytes, memory_rate, share),
-        "communication": 0.0 if layout.world_size == 1 else None,
+    matmul_s: float
+    attention_s: float
+    elementwise_s: float
+    gaps_s: float
+    head_s: float
+    recomputed_s: float
+    mean_over_slowest: float
+
+    @property
+    def total_s(self) -> float:
+        return self.matmul_s + self.attention_s + self.elementwise_s + self.gaps_s + self.head_s + self.recomputed_s
+
+
+def estimate_step_time_s(
+    work: Work,
+    machine: Machine,
+    layout: Layout,
+    software: Software = OURS,
+    constants: Constants = CONSTANTS,
+) -> dict[str, float | None]:
+    """Seconds of one step by term. All are None where no rate of the device is known or can be assumed."""
+    pace = device_pace(machine, layout, software, constants)
+    if pace is None:
+        return dict.fromkeys(("matmul", "elementwise", "optimizer", "communication"), None)
+    links = axis_links(machine, layout, constants)
+    compute = _compute(work, layout, software, pace)
+    n_micro = layout.accumulation
+    tp_s = _tensor_parallel_s(work, layout, software, links["tp"], constants)
+    cp_s = _context_parallel_s(work, layout, links["cp"], compute, constants)
+    transfer_s = _pipeline_transfer_s(work, layout, links["pp"])
+    micro_s = compute.total_s + tp_s + cp_s + transfer_s
+    fill = (layout.pp - 1) / layout.stages_per_rank * compute.mean_over_slowest
+    data_parallel_s = _data_parallel_s(work, layout, software, links, micro_s, compute, constants)
+    terms = {
+        "matmul": n_micro * compute.matmul_s,
+        "attention": n_micro * compute.attention_s,
+        "elementwise": n_micro * compute.elementwise_s,
+        "kernel_starts": n_micro * compute.gaps_s,
+        "head_and_loss": n_micro * compute.head_s,
+        "recomputation": n_micro * compute.recomputed_s,
+        "tensor_parallel": n_micro * tp_s,
+        "context_parallel": n_micro * cp_s,
+        "pipeline_transfers": n_micro * transfer_s,
+        "pipeline_bubble": fill * micro_s,
+        "data_parallel": data_parallel_s,
+        "optimizer": _optimizer_s(work, machine, layout, pace),
+        "data": _data_s(work, machine, layout),
+        "checkpoint_stall": _checkpoint_stall_s(work, machine, layout),
+        "host": constants.step_host_s,
     }
-
-
-def matmul_flops_per_s(machine: Machine, layout: Layout) -> float | None:
-    measured = getattr(machine.measured.matmul_flops_per_s, layout.precision)
-    return measured or getattr(machine.device.peak_flops_per_s, layout.precision)
-
-
-def memory_bytes_per_s(machine: Machine) -> float | None:
-    return machine.measured.memory_bytes_per_s or machine.device.memory_bytes_per_s
+    doublings = max(0, layout.n_nodes.bit_length() - 1)
+    terms["stragglers"] = constants.straggler_frac * doublings * sum(terms.values())
+    always = ("matmul", "attention", "elementwise", "head_and_loss", "optimizer")
+    return {name: seconds for name, seconds in terms.items() if seconds > 0 or name in always}
 
 
 def total_step_time_s(terms: dict[str, float | None]) -> float | None:
-    """Sum of the known terms; None without the matmuls, because the rest alone says nothing."""
+    """Sum of the terms; None where the matrix products have no rate."""
     if terms["matmul"] is None:
         return None
-    return sum(t for t in terms.values() if t is not None)
+    return sum(seconds for seconds in terms.values() if seconds is not None)
 
 
-def _seconds(work: float, rate_per_s: float | None, share: float) -> float | None:
-    return None if rate_per_s is None else work / (rate_per_s * share)
+def _compute(work: Work, layout: Layout, software: Software, pace: Pace) -> _Compute:
+    """Forward and backward of one micro-batch on the slowest stage.
+
+    Blocks go to the stages evenly, one more for the first ones where they do not divide; the head is on the last.
+    """
+    block = block_forward(work, layout, software, pace)
+    head = head_forward(work, layout, software, pace)
+    back_attention = BACKWARD_FLASH if software.flash_attention else BACKWARD_GEMMS
+    recomputed_s = _recomputed_s(block, layout.remat)
+    block_s = (
+        (1 + BACKWARD_GEMMS) * block.gemm_s
+        + (1 + back_attention) * block.attention_s
+        + (1 + BACKWARD_ELEMENTWISE) * (block.elementwise_s + block.gaps_s)
+        + recomputed_s
+    )
+    head_s = 3 * head.total_s
+    n_layers, n_stages = work.model.n_layers, layout.pp * layout.stages_per_rank
+    least, more = divmod(n_layers, n_stages)
+    most = (least + (1 if more else 0)) * layout.stages_per_rank
+    last = least * layout.stages_per_rank
+    last_is_slowest = last * block_s + head_s >= most * block_s
+    n_blocks = last if last_is_slowest else most
+    slowest_s = n_blocks * block_s + (head_s if last_is_slowest else 0.0)
+    mean_s = (n_layers * block_s + head_s) / layout.pp
+    return _Compute(
+        matmul_s=n_blocks * (1 + BACKWARD_GEMMS) * block.gemm_s,
+        attention_s=n_blocks * (1 + back_attention) * block.attention_s,
+        elementwise_s=n_blocks * (1 + BACKWARD_ELEMENTWISE) * block.elementwise_s,
+        gaps_s=n_blocks * (1 + BACKWARD_ELEMENTWISE) * block.gaps_s,
+        head_s=head_s if last_is_slowest else 0.0,
+        recomputed_s=n_blocks * recomputed_s,
+        mean_over_slowest=min(1.0, mean_s / slowest_s),
+    )
+
+
+def _recomputed_s(block: Forward, remat: str) -> float:
+    if remat == "full":
+        return block.total_s
+    return block.elementwise_s + block.gaps_s if remat == "selective" else 0.0
+
+
+def _tokens(work: Work, layout: Layout) -> float:
+    return layout.micro_batch_rows * work.seq_len_tokens / layout.cp
+
+
+def _tensor_parallel_s(work: Work, layout: Layout, software: Software, link: AxisLink, constants: Constants) -> float:
+    """Per micro-batch of one stage: each block gathers and scatters its activations twice forward, twice backward.
+
+    With sequence parallel the backward pass gathers the inputs of its two products once more. Full remat repeats the
+    forward's.
+    """
+    if layout.tp == 1:
+        return 0.0
+    n_bytes = _tokens(work, layout) * work.model.hidden_size * shape.BYTES[layout.precision]
+    gather_s, scatter_s = (collective_s(kind, n_bytes, link) for kind in ("all_gather", "reduce_scatter"))
+    pair_s = gather_s + scatter_s
+    n_pairs = 4 + (2 if layout.remat == "full" else 0)
+    again_s = 2 * gather_s if software.sequence_parallel else 0.0
+    hidden = constants.tp_overlap_frac if software.overlap_tp else 0.0
+    n_blocks = -(-work.model.n_layers // layout.pp)
+    return n_blocks * (n_pairs * pair_s + again_s) * (1 - hidden)
+
+
+def _context_parallel_s(work: Work, layout: Layout, link: AxisLink, compute: _Compute, constants: Constants) -> float:
+    """Per micro-batch of one stage: keys and values of the whole row reach each rank, and their gradients return."""
+    if layout.cp == 1:
+        return 0.0
+    model = work.model
+    kv_heads = model.n_kv_heads / min(layout.tp, model.n_kv_heads)
+    row_bytes = layout.micro_batch_rows * work.seq_len_tokens * 2 * kv_heads * model.head_size
+    row_bytes *= shape.BYTES[layout.precision]
+    n_blocks = -(-model.n_layers // layout.pp)
+    n_gathers = 2 + (1 if layout.remat == "full" else 0)
+    gather_s = collective_s("all_gather", row_bytes, link)
+    seconds = n_blocks * (n_gathers * gather_s + collective_s("reduce_scatter", row_bytes, link))
+    return max(seconds - constants.cp_overlap_frac * compute.attention_s, (1 - constants.cp_overlap_frac) * seconds)
+
+
+def _pipeline_transfer_s(work: Work, layout: Layout, link: AxisLink) -> float:
+    """Per micro-batch of one stage: its output goes on, its input's gradient back, for each of its parts."""
+    if layout.pp == 1:
+        return 0.0
+    n_bytes = _tokens(work, layout) * work.model.hidden_size * shape.BYTES[layout.precision] / layout.tp
+    return 2 * layout.stages_per_rank * collective_s("send", n_bytes, link)
+
+
+def _data_parallel_s(
+    work: Work,
+    layout: Layout,
+    software: Software,
+    links: dict[str, AxisLink],
+    micro_s: float,
+    compute: _Compute,
+    constants: Constants,
+) -> float:
+    """Per step: gathers of weights and reductions of gradients, as far as no computation hides them.
+
+    FSDP (zero_stage 3) gathers block by block in each micro-batch, hidden behind it; gradients are reduced in the
+    last one. ZeRO 1 and 2 gather the weights once after the optimizer and reduce beside the last backward pass.
+    """
+    if layout.dp * layout.cp == 1:
+        return 0.0
+    n_weights = shape.n_parameters(work.model) / (layout.tp * layout.pp)
+    weight_bytes = n_weights * shape.BYTES[layout.precision]
+    gradient_bytes = n_weights * (shape.BYTES["fp32"] if software.fp32_gradients else shape.BYTES[layout.precision])
+    fsdp, replicate = links["fsdp"], links["dp_replicate"]
+    gather_s = collective_s("all_gather", weight_bytes, fsdp)
+    reduce_s = collective_s("reduce_scatter", gradient_bytes, fsdp)
+    if layout.dp_replicate > 1:
+        reduce_s += collective_s("all_reduce", gradient_bytes / layout.shard_degree, replicate)
+    if layout.zero_stage == 3:
+        n_gathers = 2 if layout.reshard_after_forward else 1
+        n_gathering = layout.accumulation if layout.reshard_after_forward else 1
+        middle_s = n_gathers * gather_s
+        last = _exposed_s(middle_s + reduce_s, micro_s, software, constants, work.model.n_layers)
+        if n_gathering == 1:
+            return last
+        return last + (n_gathering - 1) * _exposed_s(middle_s, micro_s, software, constants, work.model.n_layers)
+    window_s = micro_s * (1 if layout.accumulation > 1 or layout.pp == 1 else 0.7)
+    return _exposed_s(gather_s + reduce_s, window_s, software, constants, work.model.n_layers / layout.pp)
+
+
+def _exposed_s(seconds: float, window_s: float, software: Software, constants: Constants, n_parts: float) -> float:
+    """What of `seconds` of communication the step waits for beside `window_s` of computation."""
+    if not software.overlap_dp:
+        return seconds
+    hidden = min(seconds * (1 - 1 / max(2.0, n_parts)), constants.dp_overlap_frac * window_s)
+    return seconds - hidden + constants.contention_frac * hidden
+
+
+def _optimizer_s(work: Work, machine: Machine, layout: Layout, pace: Pace) -> float:
+    n_weights = shape.n_parameters(work.model) / (layout.tp * layout.pp * layout.shard_degree)
+    if layout.offload == "none":
+        return n_weights * OPTIMIZER_BYTES_PER_PARAMETER / pace.memory_bytes_per_s
+    link = machine.topology.host_bytes_per_s or HOST_LINK_BYTES_PER_S
+    ranks_per_node = layout.world_size // layout.n_nodes
+    host_s = n_weights * ranks_per_node * HOST_OPTIMIZER_BYTES_PER_PARAMETER / HOST_MEMORY_BYTES_PER_S
+    return host_s + n_weights * (shape.BYTES["fp32"] + shape.BYTES["bf16"]) / link
+
+
+def _data_s(work: Work, machine: Machine, layout: Layout) -> float:
+    """Copies of token numbers and positions to the device, 8 bytes each; the loader itself works ahead."""
+    if machine.device.kind == "cpu":
+        return 0.0
+    tokens = work.global_batch_tokens / layout.dp
+    return 2 * 8 * tokens / (machine.topology.host_bytes_per_s or HOST_LINK_BYTES_PER_S)
+
+
+def _checkpoint_stall_s(work: Work, machine: Machine, layout: Layout) -> float:
+    """Share of a step of the copy of weights and moments to host memory, from which they are written."""
+    if not work.checkpoint_every_steps or machine.device.kind == "cpu":
+        return 0.0
+    n_bytes = shape.n_parameters(work.model) * 12 / (layout.tp * layout.pp * layout.shard_degree)
+    return n_bytes / (machine.topology.host_bytes_per_s or HOST_LINK_BYTES_PER_S) / work.checkpoint_every_steps
