@@ -56,6 +56,11 @@ def format_watts(value: float | None) -> str:
     return "unknown" if value is None else f"{value:,.4g} W"
 
 
+def format_kwh(value: float | None) -> str:
+    """1_250_000.0 -> "1.25 GWh": energy, given in kWh."""
+    return "unknown" if value is None else _scaled(value * 1e3, ("Wh", "kWh", "MWh", "GWh", "TWh"), 1000)
+
+
 def format_hours(value: float | None) -> str:
     """48.0 -> "48 h"; 0.5 -> "30 min"."""
     if value is None:

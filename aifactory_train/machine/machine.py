@@ -124,11 +124,40 @@ class Mpi(Facts):
     mpirun: str | None = None
 
 
+class Ratio(Facts):
+    """Measured by predicted, of `n_results` runs: their median, lowest and highest."""
+
+    median: Positive
+    low: Positive
+    high: Positive
+    n_results: Count
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Ratio:
+        if not self.low <= self.median <= self.high:
+            raise ValueError(f"median {self.median:g} is not between low {self.low:g} and high {self.high:g}")
+        return self
+
+
+class RatioByDtype(Facts):
+    """One ratio per number format of the runs."""
+
+    fp32: Ratio | None = None
+    bf16: Ratio | None = None
+    fp8: Ratio | None = None
+
+
 class Measured(Facts):
-    """Rates written by `probe` and the benchmarks, never by hand; per device, over all its cores."""
+    """Written by `probe`, `calibrate` and the benchmarks, never by hand. Rates of one device, over all its cores.
+
+    checkpoint_bytes_per_s: into the file system, by all ranks of a job together, until the commit.
+    step_time_ratio: measured step time by the step time that the plan predicts from the rates above.
+    """
 
     matmul_flops_per_s: ByDtype = ByDtype()
     memory_bytes_per_s: Positive | None = None
+    checkpoint_bytes_per_s: Positive | None = None
+    step_time_ratio: RatioByDtype = RatioByDtype()
 
 
 class Software(Facts):

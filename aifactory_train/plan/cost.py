@@ -1,10 +1,113 @@
-"""What a run costs the grant, in the unit that the site counts."""
+"""What a run costs: hours in the unit that the site counts, energy, chained jobs, checkpoints and failures.
+
+Time that the devices are held, of which waiting in the queue is no part:
+    the steps
+  + the stall of each save: an asynchronous one stops training only for the copy to host memory
+  + what failures destroy: the steps since the last commit, and the start of the next job
+  + of each job its start, the restore, and the last save
+"""
 
 from __future__ import annotations
 
+import math
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from aifactory_train import units
 from aifactory_train.machine.machine import Machine
-from aifactory_train.plan.plan import Plan
-from aifactory_train.units import format_count
+from aifactory_train.plan import shape
+from aifactory_train.plan.contract import Layout
+from aifactory_train.plan.rates import family_rates
+from aifactory_train.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from aifactory_train.plan.plan import Plan
+
+# No site publishes how often its nodes fail. 419 unexpected interruptions in 54 days on 16 384 H100 (The Llama 3 Herd
+# of Models, 2024, table 5): 16384 * 54 * 24 / 419 hours of one device between two of them.
+DEVICE_MTBF_H = 50_700.0
+# From jobs on 1024 A100 in one cluster, one failure in 7.9 h, to 2.34 failures in 1000 node-days of 8 A100 in another,
+# 11 months each (arXiv 2410.21680).
+DEVICE_MTBF_RANGE_H = (8_100.0, 82_100.0)
+
+# One rank's stream to a busy parallel file system, and the share of it that is left to one job, as faults/deadline.py
+# takes them as long as no save was measured: a cautious guess.
+RANK_SAVE_BYTES_PER_S = 100e6
+JOB_SAVE_BYTES_PER_S = 2e9
+# A copy to host memory while all devices of a node copy: a fifth of PCIe 4.0 x16.
+STAGE_BYTES_PER_S = 5e9
+# Prologue of the job, imports on all nodes, the communicators, the first step with what is compiled for it.
+STARTUP_S = 180.0
+
+# Power of a node over the most that its devices may draw. In training devices draw 60 to 100 % of that; host,
+# network cards and fans add 20 to 50 %. A node of 8 H100 (8 x 700 W) was seen at 8.4 kW at most, 1.5 times its
+# devices' limit, and at 7.7 kW under heavy work (arXiv 2412.08602, 2506.14551).
+NODE_POWER_FRAC = (0.6 + 0.2, 1.0 + 0.5)
+
+# Segments longer than so many mean times between failures hardly ever end.
+MAX_SEGMENT_MTBFS = 10.0
+# Another interval of checkpoints is worth a line from this share of the run's time on.
+NOTABLE_OVERHEAD_FRAC = 0.002
+
+
+@dataclass(frozen=True)
+class RunSize:
+    """What of a recipe decides the cost. `checkpoint_bytes`: of one checkpoint, all ranks together."""
+
+    n_steps: int
+    step_tokens: int
+    checkpoint_bytes: int
+    checkpoint_every_steps: int
+    asynchronous_save: bool
+
+
+@dataclass(frozen=True)
+class SaveCost:
+    """One save: `write_s` until it is committed, of which training stands still for `stall_s`."""
+
+    write_s: float
+    stall_s: float
+    assumed: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class RunCost:
+    """Of the whole run. `held_time_s`: devices held by its jobs, failures included, waiting in the queue not.
+
+    training_time_s: the steps alone. best_every_steps: the interval of checkpoints with the least held time.
+    stall_frac, lost_frac: time of saves, and of failures, as shares of training_time_s.
+    makes_progress: False where failures come so much faster than checkpoints that the run does not end; its times
+        are then of no use. energy_kwh: lowest and highest at the nodes' plugs, cooling (PUE) not included.
+    assumed: one sentence for each number behind it that nobody has published or measured on this machine.
+    """
+
+    training_time_s: float
+    held_time_s: float
+    job_time_s: float | None
+    n_jobs: int
+    device_hours: float
+    node_hours: float
+    grant_amount: float
+    grant_unit: str
+    tokens_per_device_hour: float
+    energy_kwh: tuple[float, float] | None
+    checkpoint_bytes: int
+    save: SaveCost
+    mtbf_s: float
+    expected_failures: float
+    every_steps: int
+    best_every_steps: int
+    stall_frac: float
+    lost_frac: float
+    best_overhead_frac: float
+    makes_progress: bool
+    assumed: tuple[str, ...]
+
+    @property
+    def overhead_frac(self) -> float:
+        """Saves and failures at the recipe's interval, as a share of training_time_s."""
+        return self.stall_frac + self.lost_frac
 
 
 def estimate_cost(machine: Machine, n_nodes: int, seconds: float) -> tuple[float, str]:
@@ -15,18 +118,230 @@ def estimate_cost(machine: Machine, n_nodes: int, seconds: float) -> tuple[float
     return node_hours * machine.accounting.units_per_node_hour, machine.accounting.unit
 
 
+def run_size_of(recipe: Recipe) -> RunSize:
+    return RunSize(
+        n_steps=recipe.n_steps,
+        step_tokens=recipe.train.global_batch_tokens,
+        checkpoint_bytes=checkpoint_bytes(recipe),
+        checkpoint_every_steps=recipe.checkpoint.every_steps,
+        asynchronous_save=recipe.checkpoint.asynchronous,
+    )
+
+
+def checkpoint_bytes(recipe: Recipe) -> int:
+    """fp32 weights and moments: two per weight under AdamW; one for the block matrices under Muon."""
+    n = shape.n_parameters(recipe.model)
+    n_moments = 2 * n
+    if recipe.optim.name == "muon":
+        n_moments -= recipe.model.n_layers * shape.n_block_matrix_parameters(recipe.model)
+    return 4 * (n + n_moments)
+
+
+def estimate_save(machine: Machine, layout: Layout, n_bytes: int, asynchronous: bool) -> SaveCost:
+    """Seconds of one save of `n_bytes` by all ranks together."""
+    rate, assumed = machine.measured.checkpoint_bytes_per_s, []
+    if rate is None:
+        rate = min(RANK_SAVE_BYTES_PER_S * layout.world_size, JOB_SAVE_BYTES_PER_S)
+        assumed.append(
+            f"assumed: {units.format_bytes_per_s(rate)} into the file system for one job; "
+            "`aifactory-train calibrate` measures it"
+        )
+    write_s = n_bytes / rate
+    if not asynchronous:
+        return SaveCost(write_s, write_s, tuple(assumed))
+    staged_per_s = min(STAGE_BYTES_PER_S, machine.topology.host_bytes_per_s or STAGE_BYTES_PER_S)
+    return SaveCost(write_s, n_bytes / (staged_per_s * layout.world_size), tuple(assumed))
+
+
+def mtbf_s(n_devices: int) -> float:
+    """Mean time between failures that end a job on so many devices: assumed, see DEVICE_MTBF_H."""
+    return DEVICE_MTBF_H * 3600 / n_devices
+
+
+def best_interval_s(stall_s: float, mtbf_s: float) -> float:
+    """Seconds of training between two saves that cost the least (Daly 2006, equation 37).
+
+    Its first term, sqrt(2 * stall * mtbf), is Young's (1974), which is enough where a save is short.
+    """
+    if stall_s >= 2 * mtbf_s:
+        return mtbf_s
+    x = math.sqrt(stall_s / (2 * mtbf_s))
+    return math.sqrt(2 * stall_s * mtbf_s) * (1 + x / 3 + x * x / 9) - stall_s
+
+
+def expected_time_s(training_s: float, interval_s: float, stall_s: float, restart_s: float, mtbf_s: float) -> float:
+    """Time to do `training_s` of steps with a save after each `interval_s`, under failures at random (Daly 2006, 20).
+
+    Exact for exponential failures: each segment of interval and save is done again until it passes whole, and what
+    comes between a failure and the lost work (`restart_s`) can fail too.
+    """
+    segment = min((interval_s + stall_s) / mtbf_s, MAX_SEGMENT_MTBFS)
+    restart = min(restart_s / mtbf_s, MAX_SEGMENT_MTBFS)
+    return training_s / interval_s * mtbf_s * math.exp(restart) * math.expm1(segment)
+
+
+def n_chained_jobs(work_s: float, job_time_s: float | None, first_s: float, next_s: float) -> int | None:
+    """Jobs of `job_time_s` for `work_s`, of which the first spends `first_s` on other things, each further `next_s`.
+
+    1 where jobs have no limit; None where a job has no time left for work.
+    """
+    if job_time_s is None or work_s + first_s <= job_time_s:
+        return 1
+    if job_time_s <= max(first_s, next_s):
+        return None
+    return 1 + math.ceil((work_s + first_s - job_time_s) / (job_time_s - next_s))
+
+
+def job_limit_s(machine: Machine) -> float | None:
+    """The longest job of the default partition and QoS; None where there is no limit or nobody says."""
+    if machine.slurm is None:
+        return None
+    limits_h = [machine.slurm.partition.max_time_h]
+    limits_h += [qos.max_time_h for qos in machine.slurm.qos if qos.name == machine.slurm.default_qos]
+    return min((h * 3600 for h in limits_h if h is not None), default=None)
+
+
+def estimate_run_cost(
+    machine: Machine, layout: Layout, size: RunSize, step_time_s: float, job_time_s: float | None = None
+) -> RunCost:
+    """Hours, energy, jobs and checkpoints of a whole run whose steps take `step_time_s`.
+
+    Args:
+        job_time_s: wall time of one job; None: the longest that the default partition and QoS allow.
+    """
+    job_time_s = job_time_s or job_limit_s(machine)
+    n_devices = layout.n_nodes * machine.device.per_node
+    save = estimate_save(machine, layout, size.checkpoint_bytes, size.asynchronous_save)
+    between_s = mtbf_s(n_devices)
+    training_s = size.n_steps * step_time_s
+    every = min(size.checkpoint_every_steps, size.n_steps)
+    best_s = max(best_interval_s(save.stall_s, between_s), save.write_s)
+    best_every = min(max(1, round(best_s / step_time_s)), size.n_steps)
+    stall_frac, lost_frac, ends = _overhead(every * step_time_s, save, between_s)
+    best_stall_frac, best_lost_frac, _ = _overhead(best_every * step_time_s, save, between_s)
+    work_s = training_s * (1 + stall_frac + lost_frac)
+    first_s = STARTUP_S + save.write_s
+    n_jobs = n_chained_jobs(work_s, job_time_s, first_s, first_s + save.write_s)
+    held_s = work_s + first_s + ((n_jobs or 1) - 1) * (first_s + save.write_s)
+    amount, unit = estimate_cost(machine, layout.n_nodes, held_s)
+    device_hours = n_devices * held_s / 3600
+    energy_kwh, power_assumed = _energy(machine, device_hours)
+    return RunCost(
+        training_time_s=training_s,
+        held_time_s=held_s,
+        job_time_s=job_time_s,
+        n_jobs=n_jobs or 1,
+        device_hours=device_hours,
+        node_hours=layout.n_nodes * held_s / 3600,
+        grant_amount=amount,
+        grant_unit=unit,
+        tokens_per_device_hour=size.n_steps * size.step_tokens / device_hours,
+        energy_kwh=energy_kwh,
+        checkpoint_bytes=size.checkpoint_bytes,
+        save=save,
+        mtbf_s=between_s,
+        expected_failures=held_s / between_s,
+        every_steps=every,
+        best_every_steps=best_every,
+        stall_frac=stall_frac,
+        lost_frac=lost_frac,
+        best_overhead_frac=best_stall_frac + best_lost_frac,
+        makes_progress=ends and n_jobs is not None,
+        assumed=(
+            f"assumed: a device fails once in {units.format_count(DEVICE_MTBF_H)}h, as in the training of Llama 3; "
+            f"elsewhere {' to '.join(units.format_count(h).replace(' ', '') for h in DEVICE_MTBF_RANGE_H)} h",
+            *save.assumed,
+            f"assumed: {units.format_seconds(STARTUP_S)} to start each job",
+            *power_assumed,
+        ),
+    )
+
+
+def tokens_for_device_hours(cost: RunCost, device_hours: float) -> int:
+    """Tokens that so many device-hours buy at the run's own price, overheads included."""
+    return int(cost.tokens_per_device_hour * device_hours)
+
+
+def _overhead(interval_s: float, save: SaveCost, between_s: float) -> tuple[float, float, bool]:
+    """(stalls, losses) as shares of the steps' time with a save after each `interval_s`; whether the run ends."""
+    stall_s = max(save.stall_s, save.write_s - interval_s)  # a save waits for the one before it
+    # What was trained while the last save was being written is lost with it, and the next job reads it first.
+    restart_s = STARTUP_S + save.write_s + (save.write_s - save.stall_s)
+    total = expected_time_s(interval_s, interval_s, stall_s, restart_s, between_s) / interval_s
+    ends = max(interval_s + stall_s, restart_s) < MAX_SEGMENT_MTBFS * between_s
+    return stall_s / interval_s, max(0.0, total - 1 - stall_s / interval_s), ends
+
+
+def _energy(machine: Machine, device_hours: float) -> tuple[tuple[float, float] | None, list[str]]:
+    """kWh from least to most, and what is assumed for it."""
+    power_w, assumed = machine.device.power_w, []
+    family = None if machine.device.kind == "cpu" else family_rates(machine.device.name)
+    if power_w is None and family is not None:
+        power_w = family.power_w
+        assumed.append(f"assumed: {machine.device.name} draws {units.format_watts(power_w)} at most, as {family.name}")
+    if power_w is None:
+        return None, []
+    low, high = (device_hours * power_w * frac / 1000 for frac in NODE_POWER_FRAC)
+    return (low, high), assumed
+
+
 def render_cost(plan: Plan, job_time_s: float, job_time: str) -> list[str]:
     """Lines for people: the whole run as predicted, and the most that one job of `job_time_s` can take."""
     n_nodes = plan.layout.n_nodes
     amount, unit = estimate_cost(plan.machine, n_nodes, job_time_s)
-    lines = [f"one job: at most {_shown(amount)} {unit} ({n_nodes} node(s) for {job_time})"]
-    run_time_s = plan.predicted.run_time_s
-    if run_time_s is None:
-        return ["the run: not predicted, no rate of the devices is known", *lines]
-    amount, unit = estimate_cost(plan.machine, n_nodes, run_time_s)
-    bound = "at least " if None in plan.predicted.step_time_s.values() else "about "
-    return [f"the run: {bound}{_shown(amount)} {unit}", *lines]
+    one_job = f"one job: at most {_shown(amount)} {unit} ({n_nodes} node(s) for {job_time})"
+    step_time_s = plan.predicted.total_step_time_s
+    if step_time_s is None:
+        return ["the run: not predicted, no rate of the devices is known", one_job]
+    cost = estimate_run_cost(plan.machine, plan.layout, run_size_of(plan.recipe), step_time_s, job_time_s)
+    bound = "at least" if None in plan.predicted.step_time_s.values() else "about"
+    return [*render_run_cost(cost, bound), one_job]
+
+
+def render_run_cost(cost: RunCost, bound: str = "about") -> list[str]:
+    """Lines for people; what is assumed stands in `cost.assumed`."""
+    if not cost.makes_progress:
+        return [_endless(cost)]
+    node_hours = "" if cost.grant_unit.startswith("node-hour") else f"{_shown(cost.node_hours)} node-hours, "
+    hours = re.sub(r"-hour\b", "-hours", cost.grant_unit)
+    jobs = "1 job" if cost.n_jobs == 1 else f"{cost.n_jobs} chained jobs"
+    limit = "" if cost.job_time_s is None else f" of at most {units.format_seconds(cost.job_time_s)}"
+    lines = [
+        f"the run: {bound} {_shown(cost.grant_amount)} {hours} ({node_hours}{_shown(cost.device_hours)} device-hours)",
+        f"time: {bound} {units.format_seconds(cost.held_time_s)} in {jobs}{limit}, waiting in the queue not counted",
+    ]
+    if cost.energy_kwh is not None:
+        low, high = (units.format_kwh(kwh) for kwh in cost.energy_kwh)
+        lines.append(f"energy: {low} to {high} at the nodes, cooling not included")
+    return [*lines, *_checkpoint_lines(cost)]
+
+
+def _checkpoint_lines(cost: RunCost) -> list[str]:
+    size, write, stall = units.format_bytes(cost.checkpoint_bytes), cost.save.write_s, cost.save.stall_s
+    failures = f"{cost.expected_failures:.2g}" if cost.expected_failures < 10 else f"{cost.expected_failures:.0f}"
+    lines = [
+        f"checkpoints: {size}, written in {units.format_seconds(write)}, stall {units.format_seconds(stall)}; "
+        f"saves and {failures} expected failure(s) cost {units.format_fraction(cost.overhead_frac)}",
+    ]
+    if cost.overhead_frac - cost.best_overhead_frac > NOTABLE_OVERHEAD_FRAC:
+        lines.append(
+            f"checkpoint.every_steps {cost.every_steps}: {cost.best_every_steps} would cost "
+            f"{units.format_fraction(cost.best_overhead_frac)}"
+        )
+    return lines
+
+
+def _endless(cost: RunCost) -> str:
+    if cost.job_time_s is not None and cost.job_time_s <= STARTUP_S + 2 * cost.save.write_s:
+        return (
+            f"the run: never ends; a job of {units.format_seconds(cost.job_time_s)} is spent on its start and its "
+            f"checkpoints ({units.format_seconds(cost.save.write_s)} each): ask for longer jobs"
+        )
+    return (
+        f"the run: never ends; on these nodes a failure is expected each {units.format_seconds(cost.mtbf_s)}, so set "
+        f"checkpoint.every_steps {cost.best_every_steps} in place of {cost.every_steps}, or take fewer nodes"
+    )
 
 
 def _shown(amount: float) -> str:
-    return format_count(amount).replace(" ", "\N{NO-BREAK SPACE}") if amount >= 1 else f"{amount:.3g}"
+    return units.format_count(amount).replace(" ", "\N{NO-BREAK SPACE}") if amount >= 1 else f"{amount:.3g}"

@@ -16,13 +16,14 @@ RateSource = Literal["measured", "published", "assumed", "unknown"]
 
 @dataclass(frozen=True)
 class Family:
-    """The vendor's peaks of a stock part, dense, in FLOP/s and bytes/s; None: the part has no such units."""
+    """The vendor's peaks of a stock part, dense, and the most that it draws; None: the part has no such units."""
 
     name: str
     fp32_flops_per_s: float
     bf16_flops_per_s: float | None
     fp8_flops_per_s: float | None
     memory_bytes_per_s: float
+    power_w: float
 
 
 @dataclass(frozen=True)
@@ -44,25 +45,25 @@ class Rates:
 # before another whose name it holds (GH200 before H200), and a variant before its family.
 # fp32 is that of plain fp32 units, as PyTorch multiplies unless TF32 is allowed; of a GCD, its matrix cores.
 _FAMILIES: tuple[tuple[str, Family], ...] = (
-    (r"GB200|GB300", Family("GB200", 80e12, 2500e12, 5000e12, 8.0e12)),
-    (r"B200|B300", Family("B200", 75e12, 2250e12, 4500e12, 8.0e12)),
-    (r"GH200.*144", Family("GH200 144GB", 66.9e12, 989.4e12, 1978.9e12, 4.9e12)),
-    (r"GH200", Family("GH200 96GB", 66.9e12, 989.4e12, 1978.9e12, 4.0e12)),
-    (r"H200.*NVL", Family("H200 NVL", 60e12, 835.5e12, 1671e12, 4.8e12)),
-    (r"H200", Family("H200 SXM", 66.9e12, 989.4e12, 1978.9e12, 4.8e12)),
-    (r"H[18]00.*PCIe", Family("H100 PCIe", 51.2e12, 756e12, 1513e12, 2.0e12)),
-    (r"H100.*NVL", Family("H100 NVL", 60e12, 835.5e12, 1671e12, 3.9e12)),
-    (r"H[18]00", Family("H100 SXM", 66.9e12, 989.4e12, 1978.9e12, 3.35e12)),
-    (r"A[18]00.*PCIE.*80|A[18]00.*80.*PCIE", Family("A100 PCIe 80GB", 19.5e12, 312e12, None, 1.935e12)),
-    (r"A[18]00.*40", Family("A100 40GB", 19.5e12, 312e12, None, 1.555e12)),
-    (r"A[18]00", Family("A100 SXM 80GB", 19.5e12, 312e12, None, 2.0e12)),
-    (r"V100", Family("V100 SXM2", 15.7e12, None, None, 0.9e12)),
-    (r"MI355X", Family("MI355X", 157.3e12, 2516.6e12, 5033.2e12, 8.0e12)),
-    (r"MI325X", Family("MI325X", 163.4e12, 1307.4e12, 2614.9e12, 6.0e12)),
-    (r"MI300X", Family("MI300X", 163.4e12, 1307.4e12, 2614.9e12, 5.3e12)),
-    (r"MI300A", Family("MI300A", 122.6e12, 980.6e12, 1961.2e12, 5.3e12)),
-    (r"MI250X", Family("MI250X, one GCD", 47.9e12, 191.5e12, None, 1.6e12)),
-    (r"MI250", Family("MI250, one GCD", 45.3e12, 181e12, None, 1.6e12)),
+    (r"GB200|GB300", Family("GB200", 80e12, 2500e12, 5000e12, 8.0e12, 1200)),
+    (r"B200|B300", Family("B200", 75e12, 2250e12, 4500e12, 8.0e12, 1000)),
+    (r"GH200.*144", Family("GH200 144GB", 66.9e12, 989.4e12, 1978.9e12, 4.9e12, 700)),
+    (r"GH200", Family("GH200 96GB", 66.9e12, 989.4e12, 1978.9e12, 4.0e12, 700)),
+    (r"H200.*NVL", Family("H200 NVL", 60e12, 835.5e12, 1671e12, 4.8e12, 600)),
+    (r"H200", Family("H200 SXM", 66.9e12, 989.4e12, 1978.9e12, 4.8e12, 700)),
+    (r"H[18]00.*PCIe", Family("H100 PCIe", 51.2e12, 756e12, 1513e12, 2.0e12, 350)),
+    (r"H100.*NVL", Family("H100 NVL", 60e12, 835.5e12, 1671e12, 3.9e12, 400)),
+    (r"H[18]00", Family("H100 SXM", 66.9e12, 989.4e12, 1978.9e12, 3.35e12, 700)),
+    (r"A[18]00.*PCIE.*80|A[18]00.*80.*PCIE", Family("A100 PCIe 80GB", 19.5e12, 312e12, None, 1.935e12, 300)),
+    (r"A[18]00.*40", Family("A100 40GB", 19.5e12, 312e12, None, 1.555e12, 400)),
+    (r"A[18]00", Family("A100 SXM 80GB", 19.5e12, 312e12, None, 2.0e12, 400)),
+    (r"V100", Family("V100 SXM2", 15.7e12, None, None, 0.9e12, 300)),
+    (r"MI355X", Family("MI355X", 157.3e12, 2516.6e12, 5033.2e12, 8.0e12, 1400)),
+    (r"MI325X", Family("MI325X", 163.4e12, 1307.4e12, 2614.9e12, 6.0e12, 1000)),
+    (r"MI300X", Family("MI300X", 163.4e12, 1307.4e12, 2614.9e12, 5.3e12, 750)),
+    (r"MI300A", Family("MI300A", 122.6e12, 980.6e12, 1961.2e12, 5.3e12, 760)),
+    (r"MI250X", Family("MI250X, one GCD", 47.9e12, 191.5e12, None, 1.6e12, 280)),
+    (r"MI250", Family("MI250, one GCD", 45.3e12, 181e12, None, 1.6e12, 280)),
 )
 
 
