@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from aifactory_train.machine.machine import Machine
+from aifactory_train.plan.placement import device_of
 from aifactory_train.plan.plan import Plan
 
 
@@ -47,7 +48,9 @@ class Here:
         """As train/setup.py picks it: where a rank sees one GPU only, that is its own."""
         if self.machine.device.kind == "cpu":
             return torch.device("cpu")
-        return torch.device("cuda", self.local_rank if torch.cuda.device_count() > 1 else 0)
+        return torch.device(
+            "cuda", device_of(self.plan.layout, self.local_rank) if torch.cuda.device_count() > 1 else 0
+        )
 
 
 class Check(NamedTuple):

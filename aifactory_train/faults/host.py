@@ -28,6 +28,7 @@ def check_binding(here: Here) -> list[Fault]:
     seen = sorted(os.sched_getaffinity(0))
     here.facts["cores"] = seen
     slurm = here.machine.slurm
+    # The launcher's masks go by local rank; a rank whose plan gives it another device moves when training begins.
     mapped = [p.core_list() for p in here.machine.topology.places if p.device == here.local_rank]
     if slurm is not None and slurm.cpu_bind == "map" and mapped:
         return mapped_binding_faults(seen, mapped[0], core_siblings)

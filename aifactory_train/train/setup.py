@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import socket
+import sys
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -27,6 +29,7 @@ from aifactory_train.metrics.sinks import Sinks
 from aifactory_train.models.decoder import Decoder, init_weights
 from aifactory_train.parallel.apply import apply_parallelism
 from aifactory_train.parallel.mesh import build_mesh
+from aifactory_train.plan.placement import device_of
 from aifactory_train.plan.plan import Plan, load_plan
 from aifactory_train.results.provenance import provenance
 from aifactory_train.rundir import RunDir, hold, log_event, read_jsonl, step_folder
@@ -84,6 +87,7 @@ def build_run(
     plan = load_plan(folder.plan)
     check_world_size(ranks, plan.layout.world_size)
     device = pick_device(plan, ranks)
+    bind_cores(plan, ranks)
     torch.set_num_threads(plan.layout.threads_per_rank)
     join(ranks, device, timeout_s)
     torch.manual_seed(plan.recipe.train.seed + ranks.rank)
@@ -170,7 +174,7 @@ def pick_device(plan: Plan, ranks: Ranks) -> torch.device:
         return torch.device("cpu")
     n_seen = torch.cuda.device_count()
     # A launcher that shows each rank only its own GPU makes it number 0 everywhere.
-    index = ranks.local_rank if n_seen > 1 else 0
+    index = device_of(plan.layout, ranks.local_rank) if n_seen > 1 else 0
     if n_seen <= index:
         raise PlanError(
             f"the plan wants a GPU for local rank {ranks.local_rank}; torch {torch.__version__} sees {n_seen}",
@@ -180,6 +184,30 @@ def pick_device(plan: Plan, ranks: Ranks) -> torch.device:
     device = torch.device("cuda", index)
     torch.cuda.set_device(device)
     return device
+
+
+def bind_cores(plan: Plan, ranks: Ranks) -> None:
+    """Move this process to the cores beside its device, where the plan gives it another than its own number.
+
+    The launcher bound local rank n to the cores of device n: its script is older than the plan. Where that cannot be
+    changed, the first node says so and training goes on, slower between host and device.
+    """
+    local_rank, device = ranks.local_rank, device_of(plan.layout, ranks.local_rank)
+    if device == local_rank:
+        return
+    cores = {core for p in plan.machine.topology.places if p.device == device for core in p.core_list()}
+    fault = ""
+    if torch.cuda.device_count() == 1:
+        fault = "it sees one GPU only, so the launcher's order holds; show all GPUs of the node to each rank"
+    elif cores:
+        try:
+            # Each thread has a mask of its own, and libraries have started some by now.
+            for thread in os.listdir("/proc/self/task"):
+                os.sched_setaffinity(int(thread), cores)
+        except OSError as error:
+            fault = f"it stays on cores that are not beside it ({error.strerror})"
+    if fault and ranks.rank == local_rank:
+        print(f"[rank {ranks.rank}] the plan gives it device {device}; {fault}", file=sys.stderr)
 
 
 def build_engine(plan: Plan, device: torch.device, fresh: bool) -> TorchEngine:
