@@ -6,45 +6,86 @@ K key/value heads, h head_size, V vocabulary, L layers. The decoder has no biase
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Literal, NamedTuple
 
 from aifactory_train.plan.contract import Shape
 from aifactory_train.recipe.schema import Model
 
+Remat = Literal["none", "selective", "full"]
+
 # Outside the matrix products fp8 training holds everything in bf16.
 BYTES = {"fp32": 4, "bf16": 2, "fp8": 2}
+FP32_BYTES = 4
 # Tokens per chunk of the loss (models/loss.py), so that the logits of a whole micro-batch are never held.
 LOSS_CHUNK_TOKENS = 1024
 # Longest rows for which attention on a CPU goes in chunks that keep their weights (models/attention.py).
 CPU_CHUNKED_ROW_TOKENS = 1024
 
 
-@dataclass(frozen=True)
-class Kept:
-    """What decides the bytes of a kept activation, beside the shapes."""
+class Dims(NamedTuple):
+    """The numbers of a model that counts depend on, on one rank of the axis tp: a cheap key for caches."""
 
-    precision: Literal["fp32", "bf16", "fp8"]
-    device_kind: Literal["cpu", "cuda", "rocm"]
-    document_mask: bool
-    remat: Literal["none", "selective", "full"] = "none"
-
-
-def n_block_matrix_parameters(model: Model) -> int:
-    """Weights of the seven matrices of one block: q, k, v, o, gate, up, down."""
-    d, q, kv = model.hidden_size, model.n_heads * model.head_size, model.n_kv_heads * model.head_size
-    return d * q + 2 * d * kv + q * d + 3 * d * model.ffn_size
-
-
-def n_block_parameters(model: Model) -> int:
-    """All weights of one block: matrices, two RMSNorms, and the norms of q and k where the family has them."""
-    return n_block_matrix_parameters(model) + 2 * model.hidden_size + (2 * model.head_size if model.qk_norm else 0)
+    d: int
+    f: int
+    q: int
+    kv: int
+    heads: int
+    head_size: int
+    n_layers: int
+    vocab: int
+    n_mlp_matrices: int
+    qk_norm: bool
+    tied: bool
 
 
-def n_root_parameters(model: Model) -> int:
+def n_mlp_matrices(model: Model) -> int:
+    """3: gate, up, down, as in all our families; 2: a plain MLP, which models of published results may have."""
+    return getattr(model, "n_mlp_matrices", 3)
+
+
+def dims(model: Model, tp: int = 1) -> Dims:
+    """Dimensions on one rank of tp. Heads, FFN and vocabulary are divided; a rank has at least one k/v head."""
+    return Dims(
+        d=model.hidden_size,
+        f=-(-model.ffn_size // tp),
+        q=-(-model.n_heads // tp) * model.head_size,
+        kv=max(1, -(-model.n_kv_heads // tp)) * model.head_size,
+        heads=-(-model.n_heads // tp),
+        head_size=model.head_size,
+        n_layers=model.n_layers,
+        vocab=-(-model.vocab_size // tp),
+        n_mlp_matrices=n_mlp_matrices(model),
+        qk_norm=model.qk_norm,
+        tied=model.tied_embeddings,
+    )
+
+
+def n_block_matrix_parameters(model: Model, tp: int = 1) -> int:
+    """Weights of the matrices of one block on one rank of tp: q, k, v, o, and gate, up, down."""
+    at = dims(model, tp)
+    return at.d * (2 * at.q + 2 * at.kv + at.n_mlp_matrices * at.f)
+
+
+def n_block_parameters(model: Model, tp: int = 1) -> int:
+    """All weights of one block: matrices, two RMSNorms, and the norms of q and k where the family has them.
+
+    tp does not divide the norms.
+    """
+    norms = 2 * model.hidden_size + (2 * model.head_size if model.qk_norm else 0)
+    return n_block_matrix_parameters(model, tp) + norms
+
+
+def n_table_parameters(model: Model, tp: int = 1) -> int:
+    """Weights of the embedding, or of the output head: V x D, split by vocabulary over tp."""
+    return -(-model.vocab_size // tp) * model.hidden_size
+
+
+def n_root_parameters(model: Model, tp: int = 1) -> int:
     """Weights outside the blocks: embedding, final norm, and the head unless it is tied to the embedding."""
     tables = 1 if model.tied_embeddings else 2
-    return tables * model.vocab_size * model.hidden_size + model.hidden_size
+    return tables * n_table_parameters(model, tp) + model.hidden_size
 
 
 def n_parameters(model: Model) -> int:
@@ -57,26 +98,39 @@ def n_matmul_parameters(model: Model) -> int:
 
     Not counted: the embedding (a lookup) and the norms.
     """
-    return model.n_layers * n_block_matrix_parameters(model) + model.vocab_size * model.hidden_size
+    return model.n_layers * n_block_matrix_parameters(model) + n_table_parameters(model)
+
+
+def attention_flops_per_token(model: Model, seq_len_tokens: int) -> int:
+    """Forward FLOPs of scores and values per token and layer at the causal half: 2 * 2 * T * H * h / 2."""
+    return 2 * seq_len_tokens * model.n_heads * model.head_size
 
 
 def model_flops_per_token(model: Model, seq_len_tokens: int) -> float:
     """FLOPs of forward and backward per token by the convention `model_causal_v1`.
 
-    6 per matmul parameter (2 forward, 4 backward), and attention at the causal half: forward
-    2 * 2 * T * H * h per layer (scores, and scores times values), halved, times 3 with the backward.
+    6 per matmul parameter (2 forward, 4 backward), and attention at the causal half, times 3 with the backward.
     Recomputation is not counted; document boundaries do not lower it.
     """
-    attention = 3 * 2 * seq_len_tokens * model.n_heads * model.head_size * model.n_layers
+    attention = 3 * attention_flops_per_token(model, seq_len_tokens) * model.n_layers
     return float(6 * n_matmul_parameters(model) + attention)
 
 
 def recomputed_flops_per_token(model: Model, seq_len_tokens: int, remat: str) -> float:
-    """FLOPs that remat adds per token: one more forward of all blocks. Not part of the model's FLOPs."""
-    if remat == "none":
+    """FLOPs of matrix products and attention that remat adds per token. Not part of the model's FLOPs.
+
+    "full" is one more forward of all blocks; "selective" keeps what these made, and adds none.
+    """
+    if remat != "full":
         return 0.0
-    attention = 2 * seq_len_tokens * model.n_heads * model.head_size * model.n_layers
-    return float(2 * model.n_layers * n_block_matrix_parameters(model) + attention)
+    return float(
+        model.n_layers * (2 * n_block_matrix_parameters(model) + attention_flops_per_token(model, seq_len_tokens))
+    )
+
+
+def hardware_flops_per_token(model: Model, seq_len_tokens: int, remat: str) -> float:
+    """What the device computes per token: the model's FLOPs and what remat adds."""
+    return model_flops_per_token(model, seq_len_tokens) + recomputed_flops_per_token(model, seq_len_tokens, remat)
 
 
 def build_shape(model: Model, seq_len_tokens: int) -> Shape:
@@ -88,65 +142,156 @@ def build_shape(model: Model, seq_len_tokens: int) -> Shape:
     )
 
 
-def block_activation_bytes_per_token(model: Model, seq_len_tokens: int, how: Kept) -> int:
-    """Bytes that one block keeps per token from forward to backward, without recomputation and without compile.
+@lru_cache(maxsize=256)
+def layers_by_rank(n_layers: int, pp: int, stages_per_rank: int) -> tuple[int, ...]:
+    """Layers of each rank of pp. What does not divide goes to the inner stages: the ends hold embedding and head."""
+    n_stages = pp * stages_per_rank
+    least, more = divmod(n_layers, n_stages)
+    from_inside = sorted(range(n_stages), key=lambda stage: (stage in (0, n_stages - 1), stage))
+    larger = set(from_inside[:more])
+    return tuple(sum(least + (stage in larger) for stage in range(rank, n_stages, pp)) for rank in range(pp))
 
-    Fused norms keep their input. On a CPU, torch runs a norm in parts that keep two fp32 copies of it. Attention
-    there keeps its weights on short rows, in fp32 and in the precision of the model; on longer ones the kernel needs
-    k and v repeated to H heads, leaves its output transposed (o reads a copy), and turns a document mask into
-    one dense row of T numbers per token and layer.
+
+@dataclass(frozen=True)
+class Kept:
+    """What decides the bytes of a kept activation, beside the shapes.
+
+    elementwise: "fused": norms, RoPE and activation function are few kernels, compiled or by hand; "eager": torch's
+        own kernels, one for each norm; "separate": RMSNorm too is written in Python, as before torch 2.8.
+    sequence_parallel: between the blocks activations are split over tp.
     """
-    d, f, size = model.hidden_size, model.ffn_size, BYTES[how.precision]
-    q, kv = model.n_heads * model.head_size, model.n_kv_heads * model.head_size
+
+    precision: Literal["fp32", "bf16", "fp8"]
+    device_kind: Literal["cpu", "cuda", "rocm"]
+    document_mask: bool
+    remat: Remat = "none"
+    elementwise: Literal["fused", "eager", "separate"] = "eager"
+    flash_attention: bool = True
+    tp: int = 1
+    sequence_parallel: bool = True
+
+
+def block_kept_bytes_per_token(model: Model, seq_len_tokens: int, how: Kept) -> dict[str, int]:
+    """Bytes per token that one block keeps from forward to backward on one rank of tp, by operator.
+
+    "full" keeps the input of the block. "selective" keeps also what matrix products and attention made; norms, RoPE,
+    activation function and products are computed again. Without flash attention the scores of T tokens are kept per
+    head (Korthikanti et al., arXiv:2205.05198, section 4.1): 2 bytes each of the softmax and of what dropout left of
+    it, and 1 of the dropout mask.
+    """
+    return dict(_block_table(dims(model, how.tp), seq_len_tokens, how))
+
+
+def block_activation_bytes_per_token(model: Model, seq_len_tokens: int, how: Kept) -> int:
+    """Sum of `block_kept_bytes_per_token`."""
+    return _block_bytes(dims(model, how.tp), seq_len_tokens, how)
+
+
+@lru_cache(maxsize=4096)
+def _block_bytes(at: Dims, seq_len_tokens: int, how: Kept) -> int:
+    return sum(_block_table(at, seq_len_tokens, how).values())
+
+
+def _block_table(at: Dims, seq_len_tokens: int, how: Kept) -> dict[str, int]:
+    size = BYTES[how.precision]
+    stream = -(-at.d * size // (how.tp if how.sequence_parallel else 1))
+    if how.remat == "full":
+        return {"block input": stream}
+    if how.remat == "selective":
+        return {
+            "block input": stream,
+            "q, k, v": (at.q + 2 * at.kv) * size,
+            "attention output": at.q * size,
+            "log-sum-exp of the attention": at.heads * FP32_BYTES,
+            "output of o": stream,
+            "gate, up": (at.n_mlp_matrices - 1) * at.f * size,
+            "output of down": stream,
+        }
+    # The product of gate and up is a kernel's output either way: down's weight gradient reads it.
+    n_wide = {"fused": 1, "eager": 2, "separate": 2}[how.elementwise] if at.n_mlp_matrices == 3 else 1
+    kept = {
+        "inputs of the norms": 2 * stream,
+        "input of q, k, v": stream,
+        **_attention_table(at, seq_len_tokens, how),
+        "input of gate, up": stream,
+        "gate, up": (at.n_mlp_matrices - 1) * at.f * size,
+        "activation function, product": n_wide * at.f * size,
+    }
+    if at.qk_norm:
+        kept["q and k before their norms"] = (at.q + at.kv) * size
+    if how.device_kind == "cpu" and how.elementwise != "fused":
+        # On a CPU torch runs a norm in parts that keep two fp32 copies of its input, and not the input.
+        kept["inputs of the norms"] = 2 * stream // size * 2 * FP32_BYTES
+        if at.qk_norm:
+            kept["q and k before their norms"] = (at.q + at.kv) * 2 * FP32_BYTES
+    elif how.elementwise == "separate" and at.n_mlp_matrices == 3:
+        # Gated models have RMSNorm: in Python an fp32 copy of the input, and the normed one before its weight.
+        kept["copies in the norms"] = 2 * (stream // size * FP32_BYTES + stream)
+    return kept
+
+
+def recomputed_activation_bytes_per_token(model: Model, seq_len_tokens: int, how: Kept) -> int:
+    """Bytes per token that remat makes again for the block at work: what "none" keeps, less what was kept."""
+    if how.remat == "none":
+        return 0
+    whole = block_activation_bytes_per_token(model, seq_len_tokens, replace(how, remat="none"))
+    return max(0, whole - block_activation_bytes_per_token(model, seq_len_tokens, how))
+
+
+def block_gradient_bytes_per_token(model: Model, how: Kept) -> int:
+    """Bytes per token of the gradients that flow through one block at its widest: of gate and up, and of the stream."""
+    at, size = dims(model, how.tp), BYTES[how.precision]
+    return (2 * at.f + 2 * at.d) * size
+
+
+def head_activation_bytes_per_token(model: Model, how: Kept) -> int:
+    """Bytes per token around the head: input and output of the final norm, and the gradient of that output."""
+    size = BYTES[how.precision]
+    width = model.hidden_size // (how.tp if how.sequence_parallel else 1)
+    return width * (2 * size + (2 * FP32_BYTES if how.device_kind == "cpu" else size))
+
+
+def chunk_loss_bytes(chunk_tokens: int, vocab: int, n_head: int, precision: str, compiled: bool) -> int:
+    """Bytes of the chunked loss (models/loss.py) at its peak: in its forward, or when its backward begins.
+
+    Forward: of one chunk the logits and their gradient, and uncompiled four fp32 copies between them; of the head the
+    gradient in fp32, and a chunk's part of it. Backward: the head's gradient in fp32, scaled, and in the end cast.
+    """
+    size = BYTES[precision]
+    per_logit = 2 * size + (FP32_BYTES if compiled else 4 * FP32_BYTES)
+    forward = chunk_tokens * vocab * per_logit + n_head * (FP32_BYTES + size)
+    return max(forward, n_head * (2 * FP32_BYTES + (size if size != FP32_BYTES else 0)))
+
+
+def whole_loss_bytes(tokens: int, vocab: int, precision: str) -> int:
+    """Bytes of a loss over all tokens at once: logits, their copy in fp32, its softmax, later its gradient."""
+    return tokens * vocab * (BYTES[precision] + 2 * FP32_BYTES)
+
+
+def _attention_table(at: Dims, seq_len_tokens: int, how: Kept) -> dict[str, int]:
+    """On a CPU attention keeps its weights on short rows, in fp32 and in the precision of the model.
+
+    On longer ones the kernel needs k and v repeated to H heads, leaves its output transposed (o reads a copy), and
+    turns a document mask into one dense row of T numbers per token and layer.
+    """
+    size = BYTES[how.precision]
     cpu = how.device_kind == "cpu"
     chunked = cpu and seq_len_tokens <= CPU_CHUNKED_ROW_TOKENS
     kernel = cpu and not chunked
-    mask_bytes = seq_len_tokens // 2 if chunked else seq_len_tokens * size
-    weights_bytes = model.n_heads * seq_len_tokens // 2 * (BYTES["fp32"] + (size if size != BYTES["fp32"] else 0))
-    normed = 2 * d + (q + kv if model.qk_norm else 0)
-    kept_bytes = {
-        "inputs of the norms": normed * (2 * BYTES["fp32"] if cpu else size),
-        "input of q, k, v": d * size,
-        "q after RoPE": q * size,
-        "k after RoPE, and v": 2 * (q if kernel else kv) * size,
-        "attention weights": weights_bytes if chunked else 0,
-        "log-sum-exp of the attention": 0 if chunked else model.n_heads * BYTES["fp32"],
-        "document mask": mask_bytes if cpu and how.document_mask else 0,
-        "attention output, input of o": q * size * (2 if kernel else 1),
-        "input of gate, up": d * size,
-        "gate, up, silu(gate), their product": 4 * f * size,
+    kept = {
+        "q after RoPE": at.q * size,
+        "k after RoPE, and v": 2 * (at.q if kernel else at.kv) * size,
+        "attention output": at.q * size * (2 if kernel else 1),
     }
-    return sum(kept_bytes.values())
-
-
-def activation_bytes(model: Model, micro_batch_rows: int, seq_len_tokens: int, how: Kept) -> int:
-    """Bytes of all kept activations of one micro-batch: the blocks, and around them.
-
-    With remat a block keeps its input, and one block at a time has all of its activations again.
-
-    Around the blocks: input and output of the final norm, and the gradient of that output that the
-    chunked loss gathers.
-    """
-    size = BYTES[how.precision]
-    around = model.hidden_size * (2 * size + (2 * BYTES["fp32"] if how.device_kind == "cpu" else size))
-    per_block = block_activation_bytes_per_token(model, seq_len_tokens, how)
-    if how.remat == "full":
-        blocks = model.n_layers * model.hidden_size * size + per_block
+    if chunked:
+        kept["attention weights"] = at.heads * seq_len_tokens // 2 * (FP32_BYTES + (size if size != 4 else 0))
+    elif not how.flash_attention:
+        kept["attention scores"] = 5 * at.heads * seq_len_tokens
     else:
-        blocks = model.n_layers * per_block
-    per_token = blocks + around
-    return micro_batch_rows * seq_len_tokens * per_token
-
-
-def loss_chunk_bytes(model: Model, micro_batch_rows: int, seq_len_tokens: int, precision: str) -> int:
-    """Bytes of the loss at its peak, without compile.
-
-    Of one chunk: the logits, and in fp32 their copy, softmax, one-hot targets and gradient. Of the whole
-    micro-batch: the head's weight gradient in fp32.
-    """
-    chunk_tokens = min(LOSS_CHUNK_TOKENS, micro_batch_rows * seq_len_tokens)
-    per_logit = BYTES[precision] + (4 if precision == "bf16" else 3) * BYTES["fp32"]
-    return chunk_tokens * model.vocab_size * per_logit + BYTES["fp32"] * model.vocab_size * model.hidden_size
+        kept["log-sum-exp of the attention"] = at.heads * FP32_BYTES
+    if cpu and how.document_mask:
+        kept["document mask"] = seq_len_tokens // 2 if chunked else seq_len_tokens * size
+    return kept
 
 
 def elementwise_bytes_per_token(model: Model, precision: str) -> int:

@@ -50,10 +50,10 @@ class Software:
     loss_chunk_tokens: logits are held for so many tokens at once; None: for the whole micro-batch, in fp32 too.
     fp32_gradients: gradients are added up over micro-batches in fp32, else in the precision of the model.
     sequence_parallel: between the blocks activations are split over tp.
-    overlap_tp: tensor-parallel communication runs in pieces beside the matrix products.
     overlap_dp: gathers and reductions of dp run beside the computation.
     overlap_tp: gathers and reductions of tp run beside the matrix products that they belong to, piece by piece.
     fp32_states: master weights and the optimizer's moments are fp32, else in the precision of the model.
+    defers_reduction: FSDP reduces gradients once a step, and adds them up unsharded until then; else each micro-batch.
     """
 
     attention: Literal["unfused", "flash1", "flash2", "flash3"] = "flash2"
@@ -61,10 +61,10 @@ class Software:
     loss_chunk_tokens: int | None = 1024
     fp32_gradients: bool = True
     sequence_parallel: bool = True
-    overlap_tp: bool = False
     overlap_dp: bool = True
     overlap_tp: bool = False
     fp32_states: bool = True
+    defers_reduction: bool = True
 
     @property
     def flash_attention(self) -> bool:

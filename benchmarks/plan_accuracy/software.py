@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from aifactory_train.plan.work import Software
 
 # Kernels written by hand (norms, RoPE, activation, bias) and logits of the whole micro-batch with an fp32 loss.
-_HAND_FUSED = Software(fused_elementwise=True, loss_chunk_tokens=None)
+_HAND_FUSED = Software(fused_elementwise=True, loss_chunk_tokens=None, defers_reduction=False)
 
 # (pattern for the column `framework`, what it does, why)
 FRAMEWORKS: tuple[tuple[str, Software, str], ...] = (
@@ -68,7 +68,11 @@ FRAMEWORKS: tuple[tuple[str, Software, str], ...] = (
         dataclasses.replace(_HAND_FUSED, fused_elementwise=False),
         "FSDP1, eager: only attention is a fused kernel",
     ),
-    (r"torchtitan", Software(loss_chunk_tokens=None), "fused where the row is compiled; whole logits"),
+    (
+        r"torchtitan",
+        Software(loss_chunk_tokens=None, defers_reduction=False),
+        "fused where the row is compiled; whole logits",
+    ),
     (
         r"InternEvo",
         _HAND_FUSED,
@@ -77,17 +81,19 @@ FRAMEWORKS: tuple[tuple[str, Software, str], ...] = (
     (r"PaddleNLP", _HAND_FUSED, "flash attention, fused RoPE and RMSNorm"),
     (
         r"Liger",
-        Software(fused_elementwise=True, overlap_dp=False),
+        Software(fused_elementwise=True, overlap_dp=False, defers_reduction=False),
         "Liger kernels: fused norms and a loss in chunks; DeepSpeed ZeRO-3",
     ),
     (
         r"torchtune",
-        Software(loss_chunk_tokens=None, fp32_gradients=False, fp32_states=False),
+        Software(loss_chunk_tokens=None, fp32_gradients=False, fp32_states=False, defers_reduction=False),
         "pure bf16; fused where the row is compiled",
     ),
     (r"nanotron", dataclasses.replace(_HAND_FUSED, fused_elementwise=False), "flash attention 2, eager"),
 )
-UNKNOWN = Software(loss_chunk_tokens=None)  # flash attention, whole logits, fused where compiled
+UNKNOWN = Software(
+    loss_chunk_tokens=None, defers_reduction=False
+)  # flash attention, whole logits, fused where compiled
 
 
 def software_of(row: Mapping[str, str]) -> tuple[Software, bool]:
