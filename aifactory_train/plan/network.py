@@ -91,8 +91,9 @@ def collective_s(kind: Collective, n_bytes: float, link: AxisLink) -> float:
 
     Gather and scatter are rings: NCCL has nothing else for them with more than one rank per node. Each rank sends
     (n-1)/n of the message, over n-1 hops of which n_nodes-1 are between nodes. An all-reduce is a scatter and a
-    gather, or a tree with 2 log2(n_nodes) hops between nodes and a lower rate, whichever is faster. In an all-to-all
-    each rank holds 1/n of the message and keeps 1/n of that; its rounds are as many as the hops of a ring.
+    gather, or a tree with 2 log2(n_nodes) hops between nodes and a lower rate, whichever is faster; two nodes
+    exchange each byte once in a tree, more nodes pass it up and down. In an all-to-all each rank holds 1/n of the
+    message and keeps 1/n of that; its rounds are as many as the hops of a ring.
     Hops and tree: ncclTopoTuneModel in NCCL's src/graph/tuning.cc (2.21).
     """
     n, n_nodes, n_in_node = link.degree, link.n_nodes, link.n_in_node
@@ -111,7 +112,8 @@ def collective_s(kind: Collective, n_bytes: float, link: AxisLink) -> float:
     if n_nodes == 1:
         return 2 * ring_s
     tree_hops_s = (n_in_node - 1) * link.node_latency_s + math.log2(n_nodes) * link.latency_s
-    return 2 * min(ring_s, tree_hops_s + n_bytes / (TREE_FRAC * link.bytes_per_s))
+    tree_bytes = n_bytes if n_nodes == 2 else 2 * n_bytes
+    return min(2 * ring_s, 2 * tree_hops_s + tree_bytes / (TREE_FRAC * link.bytes_per_s))
 
 
 class _Same:

@@ -144,7 +144,7 @@ def test_a_rank_drives_the_device_that_the_plan_gives_it(eight_gpus, tmp_path):
 def test_a_rank_moves_to_the_cores_beside_its_device_with_all_of_its_threads(eight_gpus):
     bind_cores(planned(ORDER), rank(0, node=1))
     threads = {int(name) for name in os.listdir("/proc/self/task")}
-    assert eight_gpus[1] == dict.fromkeys(threads, set(range(1, 8)))  # device 4 has cores 1-7
+    assert eight_gpus[1] == {thread: set(range(1, 8)) for thread in threads}  # device 4 has cores 1-7
 
 
 def test_a_rank_that_drives_the_device_of_its_number_stays_where_the_launcher_put_it(eight_gpus):
