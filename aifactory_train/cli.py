@@ -85,6 +85,14 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("run", type=_path, help="run folder")
     report = verb("report", "result.json, report.html and a summary of a run", _report)
     report.add_argument("run", type=_path, help="run folder")
+    calibrate = verb(
+        "calibrate", "what was measured on a machine into its file, so that plans are corrected", _calibrate
+    )
+    calibrate.add_argument("machine", help="name in configs/machines/, or a file")
+    calibrate.add_argument(
+        "measured", nargs="+", type=_path, metavar="RUN", help="run folders, rates of benchmarks, files of probe"
+    )
+    calibrate.add_argument("--out", type=_path, metavar="FILE", help="file to write (default NAME-measured.yaml)")
     sample = verb("sample", "text by the exported model, through plain transformers", _sample)
     sample.add_argument("run", type=_path, help="run folder that has been exported")
     sample.add_argument("--prompt", default="def __init__(self", help="text to continue (default: %(default)s)")
@@ -339,6 +347,22 @@ def _report(args: argparse.Namespace) -> None:
     with storage_errors("writing the report", run.root, "get the permission or free space there"):
         write_report(run)
     print(summary(run))
+
+
+def _calibrate(args: argparse.Namespace) -> None:
+    import datetime
+
+    from aifactory_train.machine.load import load_machine, write_machine
+    from aifactory_train.plan.calibrate import calibrate, render_measured
+    from aifactory_train.results.observed import load_observations
+
+    machine = load_machine(args.machine)
+    rates, runs = load_observations(machine, args.measured)
+    machine = calibrate(machine, rates, runs, datetime.date.today().isoformat())
+    out = args.out or Path(f"{machine.name}-measured.yaml")
+    with storage_errors("writing the machine file", out, "give another file: --out FILE"):
+        write_machine(machine, out)
+    print(f"{render_measured(machine)}\nwritten: {out}; plan with it: --machine {out}")
 
 
 def _sample(args: argparse.Namespace) -> None:

@@ -230,7 +230,7 @@ def test_the_lines_name_hours_time_energy_and_checkpoints():
     text = "\n".join(cost.render_run_cost(found))
     assert text.splitlines() == [
         "the run: about 9.74\N{NO-BREAK SPACE}k core-hours (203 node-hours, 811 device-hours)",
-        "time: about 101 h 25 min in 5 chained jobs of at most 24 h 00 min, waiting in the queue not counted",
+        "time: about 101 h 24 min in 5 chained jobs of at most 24 h 00 min, waiting in the queue not counted",
         "energy: 260 kWh to 487 kWh at the nodes, cooling not included",
         "checkpoints: 55.9 GiB, written in 60 s, stall 60 s; saves and 0.016 expected failure(s) cost 1.0 %",
         "checkpoint.every_steps 600: 5228 would cost 0.2 %",
