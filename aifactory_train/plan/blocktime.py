@@ -30,6 +30,8 @@ _ARCHITECTURES = (
 )
 # Kernels that the forward of a block starts: a library's or compiled ones, and one by one from Python.
 KERNELS_FUSED, KERNELS_EAGER = 14, 32
+# Numbers of 2 bytes that a norm reads and writes: one kernel; or cast, square, mean, product, cast, weight in fp32.
+NORM_ELEMENTS, EAGER_NORM_ELEMENTS = 2, 18
 
 
 def architecture_of(device: Device) -> str:
@@ -158,7 +160,8 @@ def _moved_elements(
     if fused:
         per_token = 2 * 4 * d / split + 2 * (q + kv) + n_mlp * f
     else:
-        per_token = 2 * 5 * d / split + 6 * (q + kv) + (5 if n_mlp == 3 else 4) * f
+        norm = NORM_ELEMENTS if software.fused_norm else EAGER_NORM_ELEMENTS
+        per_token = 2 * (norm + 3) * d / split + 6 * (q + kv) + (5 if n_mlp == 3 else 4) * f
     return tokens * per_token
 
 

@@ -24,7 +24,7 @@ OPTIMIZER_BYTES_PER_PARAMETER = 4 * 4 + 3 * 4 + 2 + 4 + 4
 HOST_OPTIMIZER_BYTES_PER_PARAMETER = 7 * 4
 # Assumed where the machine file has none: PCIe 4 x16, and the share of a two-socket host's memory rate.
 HOST_LINK_BYTES_PER_S = 25e9
-HOST_MEMORY_BYTES_PER_S = 200e9
+HOST_MEMORY_BYTES_PER_S = 400e9
 # Backward over forward: two products for each; the flash kernel computes the scores again (5 products for 2).
 BACKWARD_GEMMS, BACKWARD_FLASH, BACKWARD_ELEMENTWISE = 2.0, 2.5, 2.0
 
@@ -134,7 +134,8 @@ def _compute(work: Work, layout: Layout, software: Software, pace: Pace) -> _Com
 def _recomputed_s(block: Forward, remat: str) -> float:
     if remat == "full":
         return block.total_s
-    return block.elementwise_s + block.gaps_s if remat == "selective" else 0.0
+    # Every second matrix product is kept, and the attention.
+    return 0.5 * block.gemm_s + block.elementwise_s + block.gaps_s if remat == "selective" else 0.0
 
 
 def _tokens(work: Work, layout: Layout) -> float:
@@ -194,7 +195,7 @@ def _data_parallel_s(
     """Per step: gathers of weights and reductions of gradients, as far as no computation hides them.
 
     FSDP (zero_stage 3) gathers block by block in each micro-batch, hidden behind it; gradients are reduced in the
-    last one. ZeRO 1 and 2 gather the weights once after the optimizer and reduce beside the last backward pass.
+    last one, or in each where the software does so. ZeRO 1 and 2 gather the weights once after the optimizer and reduce beside the last backward pass.
     """
     if layout.dp * layout.cp == 1:
         return 0.0
@@ -206,16 +207,15 @@ def _data_parallel_s(
     reduce_s = collective_s("reduce_scatter", gradient_bytes, fsdp)
     if layout.dp_replicate > 1:
         reduce_s += collective_s("all_reduce", gradient_bytes / layout.shard_degree, replicate)
-    if layout.zero_stage == 3:
-        n_gathers = 2 if layout.reshard_after_forward else 1
-        n_gathering = layout.accumulation if layout.reshard_after_forward else 1
-        middle_s = n_gathers * gather_s
-        last = _exposed_s(middle_s + reduce_s, micro_s, software, constants, work.model.n_layers)
-        if n_gathering == 1:
-            return last
-        return last + (n_gathering - 1) * _exposed_s(middle_s, micro_s, software, constants, work.model.n_layers)
+    n_layers = work.model.n_layers / layout.pp
+    if layout.zero_stage == 3 or software.reduce_each_micro_batch:
+        gathers_s = 0.0 if layout.zero_stage < 3 else gather_s * (2 if layout.reshard_after_forward else 1)
+        again_s = gathers_s if layout.reshard_after_forward else 0.0
+        again_s += reduce_s if software.reduce_each_micro_batch else 0.0
+        last_s = _exposed_s(gathers_s + reduce_s, micro_s, software, constants, n_layers)
+        return last_s + (layout.accumulation - 1) * _exposed_s(again_s, micro_s, software, constants, n_layers)
     window_s = micro_s * (1 if layout.accumulation > 1 or layout.pp == 1 else 0.7)
-    return _exposed_s(gather_s + reduce_s, window_s, software, constants, work.model.n_layers / layout.pp)
+    return _exposed_s(gather_s + reduce_s, window_s, software, constants, n_layers)
 
 
 def _exposed_s(seconds: float, window_s: float, software: Software, constants: Constants, n_parts: float) -> float:

@@ -47,10 +47,12 @@ class Software:
     attention: "unfused" writes the scores to memory; the others are generations of the flash attention kernels.
     fused_elementwise: norms, RoPE, activation function and residual sums run as few kernels (compiled or by hand);
         None: as the layout's `compile` says.
+    fused_norm: a norm is one kernel, even where the rest is not; else some ten of them in fp32.
     loss_chunk_tokens: logits are held for so many tokens at once; None: for the whole micro-batch, in fp32 too.
     fp32_gradients: gradients are added up over micro-batches in fp32, else in the precision of the model.
     sequence_parallel: between the blocks activations are split over tp.
     overlap_dp: gathers and reductions of dp run beside the computation.
+    reduce_each_micro_batch: gradients are reduced in each micro-batch, not once per step.
     overlap_tp: gathers and reductions of tp run beside the matrix products that they belong to, piece by piece.
     fp32_states: master weights and the optimizer's moments are fp32, else in the precision of the model.
     defers_reduction: FSDP reduces gradients once a step, and adds them up unsharded until then; else each micro-batch.
@@ -58,10 +60,12 @@ class Software:
 
     attention: Literal["unfused", "flash1", "flash2", "flash3"] = "flash2"
     fused_elementwise: bool | None = None
+    fused_norm: bool = True
     loss_chunk_tokens: int | None = 1024
     fp32_gradients: bool = True
     sequence_parallel: bool = True
     overlap_dp: bool = True
+    reduce_each_micro_batch: bool = False
     overlap_tp: bool = False
     fp32_states: bool = True
     defers_reduction: bool = True
