@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from aifactory_train.machine.machine import Machine
 from aifactory_train.plan import shape
@@ -93,6 +93,17 @@ def micro_batches_in_flight(layout: Layout, stage: int) -> float:
     return min(2 * (pp - stage - 1) + (v - 1) * pp + 1, layout.accumulation * v) / v
 
 
+class _Activations(NamedTuple):
+    """Bytes of one rank: of all its blocks in flight, of one block and micro-batch, around the head; in the backward
+    pass of a block what is computed again, and the gradients that flow through it."""
+
+    blocks: int
+    block: int
+    head: int
+    again: int
+    flowing: int
+
+
 class _Rank:
     """Counts of one rank of pp, divided by tp and cp, and the terms that follow from them."""
 
@@ -105,6 +116,7 @@ class _Rank:
         self.n_layers = shape.layers_by_rank(model.n_layers, layout.pp, layout.stages_per_rank)[stage]
         self.n_matrices = shape.n_block_matrix_parameters(model, tp)
         self.n_block = shape.n_block_parameters(model, tp)
+        self.n_down = model.hidden_size * -(-model.ffn_size // tp)
         self.n_table = shape.n_table_parameters(model, tp)
         if layout.pp == 1:
             self.n_root = shape.n_root_parameters(model, tp)
@@ -154,91 +166,99 @@ class _Rank:
             "runtime": RUNTIME_BYTES[self.kind],
         }
 
-    def _activations(self) -> tuple[Terms, Terms, Terms]:
-        """(all that is kept, one block's part of it, what the backward pass of one block adds)."""
+    def _activations(self) -> _Activations:
         layout, software, model = self.layout, self.software, self.work.model
         fused = layout.compile if software.fused_elementwise is None else software.fused_elementwise
-        separate = software.fused_elementwise is False
         how = shape.Kept(
             precision=layout.precision,
             device_kind=self.kind,
             document_mask=self.work.document_mask,
             remat=layout.remat,
-            elementwise="fused" if fused else "separate" if separate else "eager",
+            elementwise="fused" if fused else "separate" if software.fused_elementwise is False else "eager",
             flash_attention=software.flash_attention,
             tp=layout.tp,
             sequence_parallel=software.sequence_parallel,
         )
-        seq = self.work.seq_len_tokens
-        kept = shape.block_activation_bytes_per_token(model, seq, how)
-        again = shape.recomputed_activation_bytes_per_token(model, seq, how)
-        flows = shape.block_gradient_bytes_per_token(model, how)
-        ends = shape.head_activation_bytes_per_token(model, how) if self.last else 0
-        blocks = math.ceil(self.n_layers * self.in_flight) * kept
-        return (
-            {"activations": self.tokens * (blocks + ends)},
-            {"activations": self.tokens * kept},
-            {"recomputed_block": self.tokens * again, "activation_gradients": self.tokens * flows},
+        seq, tokens = self.work.seq_len_tokens, self.tokens
+        block = tokens * shape.block_activation_bytes_per_token(model, seq, how)
+        return _Activations(
+            blocks=math.ceil(self.n_layers * self.in_flight) * block,
+            block=block,
+            head=tokens * shape.head_activation_bytes_per_token(model, how) if self.last else 0,
+            again=tokens * shape.recomputed_activation_bytes_per_token(model, seq, how),
+            flowing=tokens * shape.block_gradient_bytes_per_token(model, how),
         )
 
-    def _loss(self) -> tuple[int, int]:
-        """(bytes of the loss at its most, bytes of the head's gradient that wait from there to the reduction)."""
+    def _loss_bytes(self) -> int:
         if not self.last:
-            return 0, 0
+            return 0
         vocab = -(-self.work.model.vocab_size // self.layout.tp)
         chunk = self.software.loss_chunk_tokens
         if chunk is None:
-            return shape.whole_loss_bytes(self.tokens, vocab, self.layout.precision), 0
-        compiled = self.layout.compile
-        return (
-            shape.chunk_loss_bytes(min(chunk, self.tokens), vocab, self.n_table, self.layout.precision, compiled),
-            self.n_table * self.size,
+            return shape.whole_loss_bytes(self.tokens, vocab, self.layout.precision)
+        return shape.chunk_loss_bytes(
+            self.tokens, chunk, vocab, self.n_table, self.layout.precision, self.layout.compile
         )
 
     def _fsdp_moments(self) -> Iterator[tuple[str, Terms]]:
-        """Shards, gathered group by group: the root (embedding, final norm, head) stays, blocks come and go."""
-        layout, size, reduced = self.layout, self.size, self.reduced_size
-        kept, block, backward = self._activations()
-        loss, head_gradient = self._loss()
-        n_blocks = self.n - self.n_root
-        root, two_blocks = self.n_root * size, min(2, self.n_layers) * self.n_block * size
-        blocks = two_blocks if layout.reshard_after_forward else n_blocks * size
+        """Shards, gathered group by group: the root (embedding, final norm, head) stays, blocks come and go.
+
+        A block is gathered ahead of its turn. Its gradients are all there when its activations are gone, and the
+        widest moment is at its activation function, where of its weights only down has a gradient. While a block
+        works, the gradients of the one before are reduced from a copy.
+        """
+        kept, size, reduced = self._activations(), self.size, self.reduced_size
+        root, block, n_blocks = self.n_root * size, self.n_block * size, self.n - self.n_root
+        gathered = root + (0 if self.layout.reshard_after_forward else n_blocks * size)
+        ahead = 2 * block if self.layout.reshard_after_forward else 0
+        accumulates = self.layout.accumulation > 1
         # Before the last micro-batch gradients add up unsharded, in the precision of the reduction.
-        waiting = self.n * reduced if layout.accumulation > 1 and self.software.defers_reduction else 0
-        all_shards = self._shard(self.n) * FP32_BYTES
-        held = all_shards if layout.accumulation > 1 and not self.software.defers_reduction else 0
-        gathered = root if layout.reshard_after_forward else root + n_blocks * size
-        reducing = {"reduce_buffers": self.n_block * reduced}
+        waiting = self.n * reduced if accumulates and self.software.defers_reduction else 0
+        shards = self._shard(self.n) * FP32_BYTES
+        held = shards if accumulates and not self.software.defers_reduction else 0
+        head = self.n_table * size if self.last and self.software.loss_chunk_tokens is not None else 0
         yield (
             "in the loss",
-            {"gradients": held, "gathered_parameters": gathered, "unsharded_gradients": waiting, **kept,
-             "logits_and_loss": loss},
-        )  # fmt: skip
-        gradients = waiting or head_gradient + self.n_block * size
-        yield (
-            "in the backward pass of the last block",
-            {"gradients": held, "gathered_parameters": root + blocks, "unsharded_gradients": gradients,
-             **reducing, **kept, **backward},
-        )  # fmt: skip
-        gradients = (self.n_root * reduced if waiting else head_gradient) + self.n_block * size
-        yield (
-            "in the backward pass of the first block",
-            {"gradients": held or self._shard(n_blocks) * FP32_BYTES, "gathered_parameters": root + blocks,
-             "unsharded_gradients": gradients, **reducing, **block, **backward},
-        )  # fmt: skip
+            {
+                "gradients": held,
+                "gathered_parameters": gathered + block,
+                "unsharded_gradients": waiting,
+                "activations": kept.blocks + kept.head,
+                "logits_and_loss": self._loss_bytes(),
+            },
+        )
+        working = kept.again + kept.flowing + self.n_down * size
+        for n_done, name in ((0, "last"), (1, "last but one"), (self.n_layers - 1, "first")):
+            if n_done > self.n_layers - 1:
+                continue
+            left = (self.n_layers - n_done) / self.n_layers
+            # At the end of a block: all its gradients and none of its activations.
+            spent = max(0, block - working - kept.block)
+            yield (
+                f"in the backward pass of the {name} block",
+                {
+                    "gradients": held or self._shard(n_done * self.n_block) * FP32_BYTES,
+                    "gathered_parameters": gathered + ahead if ahead else int(root + left * n_blocks * size),
+                    "unsharded_gradients": (int(waiting * left) or head) + self.n_down * size + spent,
+                    "reduce_buffers": self.n_block * reduced if n_done else 0,
+                    "activations": max(kept.block, kept.blocks - n_done * kept.block),
+                    "recomputed_block": kept.again,
+                    "activation_gradients": kept.flowing,
+                },
+            )
         yield (
             "in the reduction of the last gradients",
-            {"gradients": all_shards, "gathered_parameters": gathered,
-             "unsharded_gradients": self.n_root * (reduced if waiting else size),
-             "reduce_buffers": self.n_root * reduced},
-        )  # fmt: skip
-        yield "in the optimizer step", {"gradients": all_shards}
+            {
+                "gradients": shards,
+                "unsharded_gradients": self.n_root * (reduced if waiting else size),
+                "reduce_buffers": self.n_root * reduced,
+            },
+        )
+        yield "in the optimizer step", {"gradients": shards}
 
     def _zero_moments(self) -> Iterator[tuple[str, Terms]]:
         """ZeRO as DeepSpeed and Megatron's distributed optimizer have it: gradients are allocated all the time."""
-        layout = self.layout
-        kept, _, backward = self._activations()
-        loss, _ = self._loss()
+        layout, kept = self.layout, self._activations()
         n_gradients = self.n if layout.zero_stage == 1 else self._shard(self.n)
         n_gathered = self.n_root + 2 * self.n_block if layout.zero_stage == 3 else 0
         n_bucket = min(self.n, DEEPSPEED_BUCKET) if layout.zero_stage > 1 else 0
@@ -247,8 +267,19 @@ class _Rank:
             "gathered_parameters": n_gathered * self.size,
             "reduce_buffers": n_bucket * self.size,
         }
-        yield "in the loss", {**states, **kept, "logits_and_loss": loss}
-        yield "in the backward pass of the last block", {**states, **kept, **backward}
+        yield (
+            "in the loss",
+            {**states, "activations": kept.blocks + kept.head, "logits_and_loss": self._loss_bytes()},
+        )
+        yield (
+            "in the backward pass of the last block",
+            {
+                **states,
+                "activations": kept.blocks,
+                "recomputed_block": kept.again,
+                "activation_gradients": kept.flowing,
+            },
+        )
 
 
 def _host_bytes(work: Work, kind: DeviceKind, layout: Layout, states: Terms, peak_bytes: int) -> Terms:

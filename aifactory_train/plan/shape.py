@@ -251,16 +251,24 @@ def head_activation_bytes_per_token(model: Model, how: Kept) -> int:
     return width * (2 * size + (2 * FP32_BYTES if how.device_kind == "cpu" else size))
 
 
-def chunk_loss_bytes(chunk_tokens: int, vocab: int, n_head: int, precision: str, compiled: bool) -> int:
-    """Bytes of the chunked loss (models/loss.py) at its peak: in its forward, or when its backward begins.
+def chunk_loss_bytes(tokens: int, chunk_tokens: int, vocab: int, n_head: int, precision: str, compiled: bool) -> int:
+    """Bytes of the chunked loss (models/loss.py) at its most, which is one of three moments.
 
-    Forward: of one chunk the logits and their gradient, and uncompiled four fp32 copies between them; of the head the
-    gradient in fp32, and a chunk's part of it. Backward: the head's gradient in fp32, scaled, and in the end cast.
+    Of a chunk are alive: its logits, uncompiled four fp32 tensors of their size, and its gradient beside that of the
+    chunk before; with the head's gradient in fp32. Then logits and gradient, with the chunk's part of the head's
+    gradient. When the backward pass begins, the head's gradient, its scaled copy, and that in the model's precision.
     """
     size = BYTES[precision]
-    per_logit = 2 * size + (FP32_BYTES if compiled else 4 * FP32_BYTES)
-    forward = chunk_tokens * vocab * per_logit + n_head * (FP32_BYTES + size)
-    return max(forward, n_head * (2 * FP32_BYTES + (size if size != FP32_BYTES else 0)))
+    n_logits = min(tokens, chunk_tokens) * vocab
+    # fp32 needs no cast, but has the largest moment at `where`, with a mask of a byte.
+    between = 0 if compiled else 4 * FP32_BYTES if size != FP32_BYTES else 3 * FP32_BYTES + 1
+    before = size if tokens > chunk_tokens else 0
+    cast = size if size != FP32_BYTES else 0
+    return max(
+        n_logits * (2 * size + between + before) + n_head * FP32_BYTES,
+        n_logits * 2 * size + n_head * (FP32_BYTES + size),
+        n_head * (2 * FP32_BYTES + cast),
+    )
 
 
 def whole_loss_bytes(tokens: int, vocab: int, precision: str) -> int:
