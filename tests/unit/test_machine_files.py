@@ -242,8 +242,8 @@ def test_all_files_are_looked_at_and_each_fault_is_counted(tmp_path):
     assert [line.split()[1] for line in lines if line[0] != " "] == [
         *(str(unreadable), "no-such-machine", str(unsourced), "h200-node"),
     ]
-    assert n_faults == 2 + 4
-    assert lines[-1].startswith("ok  h200-node") and lines[-1].endswith("12 facts, 3 sources")
+    assert n_faults == 2 + 5
+    assert lines[-1].startswith("ok  h200-node") and lines[-1].endswith("13 facts, 3 sources")
     assert "not valid YAML" in text and "unknown machine 'no-such-machine'" in text
 
 
