@@ -6,13 +6,9 @@ import argparse
 import shutil
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from aifactory_train import __version__
 from aifactory_train.errors import AifactoryError, MachineError, storage_errors
-
-if TYPE_CHECKING:
-    from aifactory_train.plan.plan import Plan
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -46,18 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     probe = verb("probe", "describe this machine, with measured rates, as a machine file", _probe)
     probe.add_argument("--out", type=Path, default=Path("local-machine.yaml"), help="file to write")
     probe.add_argument("--against", metavar="NAME", help="print what differs from this machine file; write nothing")
-    machines = verb("machines", "the machines that are known: list, show NAME, check", _machines)
-    machines.set_defaults(names=[])
-    what = machines.add_subparsers(dest="what", metavar="WHAT")
-    for name, help_text in (
-        ("list", "one line for each: nodes, devices, network, limits"),
-        ("show", "all that is known of a machine, and who says so"),
-        ("check", "whether a machine file is sound: facts, sources, site"),
-    ):
-        sub = what.add_parser(name, help=help_text, description=help_text)
-        sub.add_argument("names", nargs="*", metavar="NAME", help="names in configs/machines/, or files")
-        if name == "show":
-            sub.add_argument("--svg", type=Path, metavar="FILE", help="draw the node into FILE as well")
+    _add_machines_options(verb("machines", "the machines that are known: list, show NAME, check", _machines))
     stage = verb("stage", "gather what a compute node without internet will need", _stage)
     stage.add_argument("recipe", type=Path, help="configs/recipes/NAME.yaml")
     stage.add_argument("--to", type=_path, required=True, metavar="DIR", help="folder that compute nodes can read")
@@ -93,12 +78,29 @@ def _parser() -> argparse.ArgumentParser:
         "measured", nargs="+", type=_path, metavar="RUN", help="run folders, rates of benchmarks, files of probe"
     )
     calibrate.add_argument("--out", type=_path, metavar="FILE", help="file to write (default NAME-measured.yaml)")
-    sample = verb("sample", "text by the exported model, through plain transformers", _sample)
+    _add_sample_options(verb("sample", "text by the exported model, through plain transformers", _sample))
+    return parser
+
+
+def _add_sample_options(sample: argparse.ArgumentParser) -> None:
     sample.add_argument("run", type=_path, help="run folder that has been exported")
     sample.add_argument("--prompt", default="def __init__(self", help="text to continue (default: %(default)s)")
     sample.add_argument("--tokens", type=int, default=60, help="tokens to generate (default %(default)s)")
     sample.add_argument("--seed", type=int, default=0, help="of the random choice (default %(default)s)")
-    return parser
+
+
+def _add_machines_options(machines: argparse.ArgumentParser) -> None:
+    machines.set_defaults(names=[])
+    what = machines.add_subparsers(dest="what", metavar="WHAT")
+    for name, help_text in (
+        ("list", "one line for each: nodes, devices, network, limits"),
+        ("show", "all that is known of a machine, and who says so"),
+        ("check", "whether a machine file is sound: facts, sources, site"),
+    ):
+        sub = what.add_parser(name, help=help_text, description=help_text)
+        sub.add_argument("names", nargs="*", metavar="NAME", help="names in configs/machines/, or files")
+        if name == "show":
+            sub.add_argument("--svg", type=Path, metavar="FILE", help="draw the node into FILE as well")
 
 
 def _add_recipe_options(sub: argparse.ArgumentParser, name: str) -> None:
@@ -107,11 +109,30 @@ def _add_recipe_options(sub: argparse.ArgumentParser, name: str) -> None:
     if name == "prepare":
         return
     sub.add_argument("--machine", default="local", help="name in configs/machines/, a file, or local (default)")
-    sub.add_argument("--nodes", type=int, default=1, help="nodes of the machine (default 1)")
+    size = sub.add_mutually_exclusive_group()
+    recommended = "recommended where the machine has Slurm" if name == "plan" else "default 1"
+    size.add_argument("--nodes", type=int, help=f"nodes of the machine ({recommended})")
+    if name == "plan":
+        _add_plan_options(sub, size)
     sub.add_argument("--cpu-ranks", type=int, default=1, help="ranks where the machine has no GPU (default 1)")
     sub.add_argument("--run", type=_path, help="run folder (default runs/NAME)")
     if name == "launch":
         _add_job_options(sub)
+
+
+def _add_plan_options(plan: argparse.ArgumentParser, size: argparse._MutuallyExclusiveGroup) -> None:
+    size.add_argument(
+        "--gpu-hours", type=float, metavar="H", help="what so many hours of one device buy, and with how many nodes"
+    )
+    size.add_argument("--deadline", metavar="TIME", help="the fewest nodes that train in time: 10d, 36h or D-HH:MM:SS")
+    plan.add_argument("--partition", help="instead of the machine's default, for the limits of a job")
+    plan.add_argument("--qos", help="instead of the machine's default, for the limits of a job")
+    form = plan.add_mutually_exclusive_group()
+    for name, help_text in (
+        ("explain", "every term, what was compared, and what is assumed"),
+        ("json", "print plan and ranking as one JSON document"),
+    ):
+        form.add_argument(f"--{name}", dest="form", action="store_const", const=name, default="short", help=help_text)
 
 
 def _add_job_options(launch: argparse.ArgumentParser) -> None:
@@ -244,37 +265,40 @@ def _prepare(args: argparse.Namespace) -> None:
     prepare(load_recipe(args.recipe, args.set).data)
 
 
-def _make_plan(args: argparse.Namespace) -> Plan:
-    from aifactory_train.machine.load import load_machine
-    from aifactory_train.plan.plan import make_plan
-    from aifactory_train.recipe.load import load_recipe
-
-    return make_plan(load_recipe(args.recipe, args.set), load_machine(args.machine), args.nodes, args.cpu_ranks)
-
-
 def _plan(args: argparse.Namespace) -> None:
     from aifactory_train.launch.local import check_run_folder, write_run_folder
-    from aifactory_train.plan.explain import explain
+    from aifactory_train.machine.load import load_machine
+    from aifactory_train.plan.explain import render_answer
+    from aifactory_train.plan.nodes import choose_nodes
+    from aifactory_train.plan.plan import make_ranked_plan
+    from aifactory_train.recipe.load import load_recipe
     from aifactory_train.rundir import RunDir
 
-    plan = _make_plan(args)
-    print(explain(plan))
-    if args.run is not None:
-        run = RunDir(args.run)
+    recipe, machine = load_recipe(args.recipe, args.set), load_machine(args.machine)
+    n_nodes, table = choose_nodes(recipe, machine, args.nodes, args.partition, args.qos, args.gpu_hours, args.deadline)
+    plan, ranking = make_ranked_plan(recipe, machine, n_nodes, args.cpu_ranks)
+    print(render_answer(plan, ranking, table, args.gpu_hours, args.form))
+    run = None if args.run is None else RunDir(args.run)
+    if run is not None:
         check_run_folder(plan, run)
         write_run_folder(plan, run)
-        print(f"written: {run.plan}")
-    else:
-        print("not written; --run RUN writes it into a run folder")
+    if args.form != "json":
+        print(f"\nwritten: {run.plan}" if run else "\nnot written; --run RUN writes it into a run folder")
 
 
 def _launch(args: argparse.Namespace) -> int:
     from aifactory_train.launch.checks import JobOptions
     from aifactory_train.launch.local import default_run_folder, launch_local
     from aifactory_train.launch.submit import launch_job
+    from aifactory_train.machine.load import load_machine
+    from aifactory_train.plan.plan import make_plan
+    from aifactory_train.plan.support import refuse_untrainable
+    from aifactory_train.recipe.load import load_recipe
     from aifactory_train.rundir import RunDir
 
-    plan = _make_plan(args)
+    n_nodes = 1 if args.nodes is None else args.nodes
+    plan = make_plan(load_recipe(args.recipe, args.set), load_machine(args.machine), n_nodes, args.cpu_ranks)
+    refuse_untrainable(plan.layout, where=f"recipe {plan.recipe.name} on machine {plan.machine.name}")
     run = RunDir(args.run or default_run_folder(plan.recipe.name))
     given = {name: getattr(args, name) for name in JobOptions.__annotations__}
     if plan.machine.slurm is None:

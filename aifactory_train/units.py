@@ -109,6 +109,14 @@ def format_slurm_time(seconds: float) -> str:
     return f"{days}-{clock}" if days else clock
 
 
+def parse_duration_s(text: str) -> float | None:
+    """Seconds of "10d", "36h", "90min", "1.5h", or of what sbatch --time takes with a colon or a dash; else None."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(d|h|min|s)", text.strip())
+    if found is not None:
+        return float(found[1]) * {"d": 86400, "h": 3600, "min": 60, "s": 1}[found[2]]
+    return parse_slurm_time_s(text) if ":" in text or "-" in text else None
+
+
 def parse_slurm_time_s(text: str) -> int | None:
     """Seconds of what sbatch --time takes: "90" (minutes), "90:30", "4:00:00", "1-12", "1-12:30:00"; else None."""
     found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text.strip())

@@ -40,6 +40,7 @@ from aifactory_train.launch.local import check_run_folder, default_run_folder, w
 from aifactory_train.launch.squeue import ask_squeue
 from aifactory_train.machine.load import load_machine
 from aifactory_train.plan.plan import Plan, load_plan, make_plan
+from aifactory_train.plan.support import refuse_untrainable
 from aifactory_train.recipe.load import load_recipe
 from aifactory_train.rundir import RunDir, append_jsonl, committed_steps, is_finished, log_event, read_jsonl
 from aifactory_train.units import format_fraction, format_seconds
@@ -84,6 +85,7 @@ def begin(
     """
     begin_s = round(time.time(), 3)
     plan = make_plan(load_recipe(recipe), load_machine(machine), n_nodes)
+    refuse_untrainable(plan.layout, where=f"recipe {plan.recipe.name} on machine {plan.machine.name}")
     folder = RunDir(run or default_run_folder(plan.recipe.name))
     check_run_folder(plan, folder)
     no_work = _no_work(folder, plan, job_id)

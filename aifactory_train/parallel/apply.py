@@ -10,11 +10,11 @@ from aifactory_train.parallel.shard import apply_fsdp
 from aifactory_train.plan.contract import Layout
 
 
-def apply_parallelism(parts: ModelParts, mesh: DeviceMesh, layout: Layout, compile_blocks: bool) -> None:
+def apply_parallelism(parts: ModelParts, mesh: DeviceMesh, layout: Layout) -> None:
     """Remat, compile, shard: FSDP's hooks stay outside of the compiled region. Changes `parts` in place."""
     if layout.remat == "full":
         apply_full_remat(parts)
-    if compile_blocks:
+    if layout.compile:
         for module in (*parts.blocks, parts.chunk_loss):
             module.compile(dynamic=False)
     apply_fsdp(parts, mesh, layout)

@@ -64,12 +64,20 @@ class Shape(Part):
 
 
 class Prediction(Part):
-    """Predicted by model: bytes per device by term, seconds per step by term. None where a rate is unknown."""
+    """Predicted by model: bytes per device by term, seconds per step by term. None where a rate is unknown.
+
+    memory_bytes: of the worst device; `peak_at` says which stage that is, and when. host_bytes: per node.
+    step_time_low_s, step_time_high_s: where nine of ten such predictions were found to lie.
+    """
 
     memory_bytes: dict[str, int]
     peak_memory_bytes: int
+    peak_at: str = ""
+    host_bytes: dict[str, int] = {}
     step_time_s: dict[str, float | None]
     total_step_time_s: float | None
+    step_time_low_s: float | None = None
+    step_time_high_s: float | None = None
     tokens_per_s: float | None
     mfu_frac: float | None
     run_time_s: float | None

@@ -1,20 +1,40 @@
-"""The layout: how many ranks, and how each rank's share of the batch is cut. FSDP alone for now."""
+"""Which layouts are legal: what divides what, for a recipe on so many ranks."""
 
 from __future__ import annotations
 
-import itertools
 import math
-from typing import Literal
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import NamedTuple
 
-from aifactory_train.errors import PlanError
 from aifactory_train.machine.machine import Machine
 from aifactory_train.plan.contract import Layout
-from aifactory_train.plan.memory import FIT_FRAC, estimate_memory_bytes, memory_per_rank_bytes
-from aifactory_train.recipe.schema import Recipe
-from aifactory_train.units import format_bytes
+from aifactory_train.recipe.schema import Model, Recipe
 
-# Micro-batch where the memory is unknown: enough tokens to fill the matmuls, few enough for any device.
-SAFE_MICRO_BATCH_TOKENS = 2048
+# On auto a rank keeps at least so many tokens of a row: shorter chunks leave ring attention waiting for its neighbours.
+LEAST_CP_TOKENS = 4096
+# On auto dp_shard is tried in steps of this factor; what lies between is as fast, as far as the model of time can tell.
+SHARD_STEP = 4
+# On auto a micro-batch has at most so many tokens: larger ones only cost memory.
+MOST_MICRO_BATCH_TOKENS = 131_072
+
+
+class Degrees(NamedTuple):
+    """Of the axes, outermost first."""
+
+    pp: int
+    dp_replicate: int
+    dp_shard: int
+    cp: int
+    tp: int
+
+    @property
+    def dp(self) -> int:
+        return self.dp_replicate * self.dp_shard
+
+    @property
+    def is_dp_shard_alone(self) -> bool:
+        return self.pp == self.dp_replicate == self.cp == self.tp == 1
 
 
 def n_devices(machine: Machine, layout: Layout) -> int:
@@ -22,138 +42,113 @@ def n_devices(machine: Machine, layout: Layout) -> int:
     return layout.n_nodes if machine.device.kind == "cpu" else layout.world_size
 
 
-def choose_layout(recipe: Recipe, machine: Machine, n_nodes: int, cpu_ranks: int, notes: list[str]) -> Layout:
-    """The largest micro-batch that fits, and parameters left gathered where they fit too.
+def ranks_per_node(machine: Machine, cpu_ranks: int) -> int:
+    return cpu_ranks if machine.device.kind == "cpu" else machine.device.per_node
 
-    Activations are kept as long as one row of them fits: to compute them again costs a third more FLOPs.
+
+@lru_cache(maxsize=4096)
+def divisors(n: int) -> tuple[int, ...]:
+    """Ascending."""
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return tuple(sorted({*small, *(n // d for d in small)}))
+
+
+def tp_fault(model: Model, seq_len_tokens: int, tp: int, per_node: int) -> str | None:
+    """Why a model cannot be split over tp ranks of a node, None where it can."""
+    if per_node % tp:
+        return f"the {per_node} devices of a node are no multiple of it, and tp stays inside a node"
+    for name in ("n_kv_heads", "n_heads", "ffn_size", "vocab_size"):
+        if getattr(model, name) % tp:
+            return f"model.{name} {getattr(model, name)} is no multiple of it"
+    if seq_len_tokens % tp:
+        return f"data.seq_len_tokens {seq_len_tokens} is no multiple of it"
+    return None
+
+
+def cp_fault(seq_len_tokens: int, cp: int) -> str | None:
+    """Why rows cannot be split over cp ranks: each takes one chunk from the front and one from the back."""
+    if seq_len_tokens % (2 * cp):
+        return f"data.seq_len_tokens {seq_len_tokens} is no multiple of 2 x {cp} = {2 * cp} chunks"
+    return None
+
+
+def pp_fault(model: Model, pp: int, stages_per_rank: int) -> str | None:
+    """Why a model cannot be cut into pipeline stages. Stages differ by one layer at most."""
+    if pp * stages_per_rank > model.n_layers:
+        return f"model.n_layers {model.n_layers} are fewer than its {pp * stages_per_rank} stages"
+    if pp > 1 and model.tied_embeddings:
+        return "model.tied_embeddings is true, and the first and the last stage cannot share a table"
+    return None
+
+
+def legal_degrees(recipe: Recipe, world_size: int, per_node: int, axes_on_auto: bool) -> Iterator[Degrees]:
+    """All degrees that the recipe allows, in a fixed order.
 
     Args:
-        cpu_ranks: ranks per node on a machine without GPUs; without meaning on others.
-        notes: gets a sentence for each choice that rests on something unknown.
-
-    Raises:
-        PlanError: the batch cannot be cut evenly, or nothing fits into the memory.
+        per_node: ranks of a node.
+        axes_on_auto: whether pp, dp_replicate, cp and tp on auto may be more than 1.
     """
-    ranks_per_node = cpu_ranks if machine.device.kind == "cpu" else machine.device.per_node
-    world_size = ranks_per_node * n_nodes
-    rows_per_rank = _rows_per_rank(recipe, world_size)
-    _check_dp_shard(recipe, world_size)
-    first = Layout(
-        engine="fsdp2",
-        world_size=world_size,
-        dp_shard=world_size,
-        micro_batch_rows=1,
-        accumulation=rows_per_rank,
-        reshard_after_forward=True,
-        remat="none",
-        precision=_precision(recipe, machine, notes),
-        threads_per_rank=max(1, machine.host.cores // ranks_per_node),
-        n_nodes=n_nodes,
-    )
-    wanted = recipe.layout.reshard_after_forward
-    reshards = [False, True] if wanted == "auto" else [wanted]
-    remats: list[Literal["none", "full"]] = ["none", "full"] if recipe.layout.remat == "auto" else [recipe.layout.remat]
-    micros = _micro_batches(recipe, rows_per_rank)
-    limit_bytes = memory_per_rank_bytes(machine, ranks_per_node)
-    if limit_bytes is None:
-        seq = recipe.data.seq_len_tokens
-        micro = next((m for m in reversed(micros) if m * seq >= SAFE_MICRO_BATCH_TOKENS), micros[0])
-        notes.append(
-            f"device memory is unknown: micro_batch_rows {micro} gives {micro * seq} tokens and parameters are"
-            " gathered block by block; give the machine file its device.memory_bytes"
-        )
-        return _cut(first, rows_per_rank, micro, reshards[-1], remats[0])
-    for remat, micro, reshard in itertools.product(remats, micros, reshards):
-        layout = _cut(first, rows_per_rank, micro, reshard, remat)
-        if _fits(recipe, machine, layout, limit_bytes):
-            return layout
-    least = _cut(first, rows_per_rank, micros[-1], reshards[-1], remats[-1])
-    raise _does_not_fit(recipe, machine, least, limit_bytes)
-
-
-def _rows_per_rank(recipe: Recipe, world_size: int) -> int:
-    rows, seq = recipe.global_batch_rows, recipe.data.seq_len_tokens
-    if rows % world_size == 0:
-        return rows // world_size
-    good_rows = {max(1, rows // world_size) * world_size, (rows // world_size + 1) * world_size}
-    good = " or ".join(str(r * seq) for r in sorted(good_rows))
-    raise PlanError(
-        f"train.global_batch_tokens {recipe.train.global_batch_tokens} is {rows} rows of {seq} tokens, "
-        f"which {world_size} ranks cannot share evenly",
-        where=f"recipe {recipe.name}, train.global_batch_tokens",
-        do=f"nearest good values: {good}, as in --set train.global_batch_tokens={max(good_rows) * seq}",
-    )
-
-
-def _check_dp_shard(recipe: Recipe, world_size: int) -> None:
-    given = recipe.layout.dp_shard
-    if given not in ("auto", world_size):
-        raise PlanError(
-            f"layout.dp_shard {given} differs from the {world_size} ranks; FSDP is the only axis, so it spans them all",
-            where=f"recipe {recipe.name}, layout.dp_shard",
-            do="--set layout.dp_shard=auto",
-        )
-
-
-def _precision(recipe: Recipe, machine: Machine, notes: list[str]) -> Literal["fp32", "bf16"]:
-    if recipe.train.precision != "auto":
-        return recipe.train.precision
-    if machine.device.native_bf16 is None:
-        notes.append("whether the device computes in bf16 is unknown: precision auto became fp32")
-    return "bf16" if machine.device.native_bf16 else "fp32"
-
-
-def _micro_batches(recipe: Recipe, rows_per_rank: int) -> list[int]:
-    """Candidates, largest first."""
-    small = [m for m in range(1, math.isqrt(rows_per_rank) + 1) if rows_per_rank % m == 0]
-    divisors = sorted({*small, *(rows_per_rank // m for m in small)}, reverse=True)
-    given = recipe.train.micro_batch_rows
-    if given == "auto":
-        return divisors
-    if given not in divisors:
-        shown = ", ".join(str(m) for m in reversed(divisors))
-        raise PlanError(
-            f"train.micro_batch_rows {given} does not divide the {rows_per_rank} rows of each rank",
-            where=f"recipe {recipe.name}, train.micro_batch_rows",
-            do=f"one of {shown}, or --set train.micro_batch_rows=auto",
-        )
-    return [given]
-
-
-def _cut(layout: Layout, rows_per_rank: int, micro: int, reshard: bool, remat: Literal["none", "selective", "full"]) -> Layout:
-    changes = {"micro_batch_rows": micro, "accumulation": rows_per_rank // micro, "reshard_after_forward": reshard}
-    return layout.model_copy(update={**changes, "remat": remat})
-
-
-def _fits(recipe: Recipe, machine: Machine, layout: Layout, limit_bytes: int) -> bool:
-    return sum(estimate_memory_bytes(recipe, machine, layout).values()) <= FIT_FRAC * limit_bytes
-
-
-def _does_not_fit(recipe: Recipe, machine: Machine, least: Layout, limit_bytes: int) -> PlanError:
-    terms = estimate_memory_bytes(recipe, machine, least)
-    named = ", ".join(f"{k} {format_bytes(v)}" for k, v in sorted(terms.items(), key=lambda kv: -kv[1]))
-    world_size = _smallest_world_that_fits(recipe, machine, least, limit_bytes)
-    if world_size is None:
-        do = "take a smaller model, a shorter data.seq_len_tokens or a larger train.global_batch_tokens: "
-        do += f"no number of devices up to the {recipe.global_batch_rows} rows of a batch would fit"
-    else:
-        per_node = least.world_size // least.n_nodes
-        do = f"use {world_size} ranks ({world_size // per_node} nodes of {per_node}), which would fit"
-    return PlanError(
-        f"micro_batch_rows {least.micro_batch_rows} needs {format_bytes(sum(terms.values()))} per rank; "
-        f"{FIT_FRAC:.0%} of its {format_bytes(limit_bytes)} may be planned: {named}",
-        where=f"recipe {recipe.name} on machine {machine.name} with {least.world_size} ranks",
-        do=do,
-    )
-
-
-def _smallest_world_that_fits(recipe: Recipe, machine: Machine, least: Layout, limit_bytes: int) -> int | None:
-    per_node, rows, micro = least.world_size // least.n_nodes, recipe.global_batch_rows, least.micro_batch_rows
-    for world_size in range(least.world_size + per_node, rows + 1, per_node):
-        if rows % (world_size * micro):
+    wish, model, seq = recipe.layout, recipe.model, recipe.data.seq_len_tokens
+    free = divisors(world_size) if axes_on_auto else (1,)
+    for tp in _options(wish.tp, [d for d in free if d <= per_node]):
+        if tp_fault(model, seq, tp, per_node):
             continue
-        larger = least.model_copy(update={"world_size": world_size, "dp_shard": world_size})
-        cut = _cut(larger, rows // world_size, micro, least.reshard_after_forward, least.remat)
-        if _fits(recipe, machine, cut, limit_bytes):
-            return world_size
-    return None
+        for cp in _options(wish.cp, [d for d in free if d == 1 or seq >= d * LEAST_CP_TOKENS]):
+            if (cp_fault(seq, cp) and cp != 1) or world_size % (tp * cp) or seq // cp % tp:
+                continue
+            for pp in _options(wish.pp, [d for d in free if d <= model.n_layers]):
+                if world_size % (tp * cp * pp) or pp_fault(model, pp, 1):
+                    continue
+                dp = world_size // (tp * cp * pp)
+                if recipe.global_batch_rows % dp == 0:
+                    yield from _dp_splits(recipe, Degrees(pp, 1, dp, cp, tp), per_node, axes_on_auto)
+
+
+def _dp_splits(recipe: Recipe, whole: Degrees, per_node: int, axes_on_auto: bool) -> Iterator[Degrees]:
+    """dp as replicas of shards. On auto a group of shards never lies across a part of a node."""
+    wish, dp = recipe.layout, whole.dp_shard
+    on_auto = wish.dp_shard == wish.dp_replicate == "auto"
+    last = SHARD_STEP * dp
+    for shard in reversed(divisors(dp)):
+        replicate, devices = dp // shard, shard * whole.cp * whole.tp
+        if on_auto:
+            aligned = devices % per_node == 0 or per_node % devices == 0
+            if replicate > 1 and not (axes_on_auto and aligned and shard * SHARD_STEP <= last):
+                continue
+            last = shard
+        elif wish.dp_shard not in ("auto", shard) or wish.dp_replicate not in ("auto", replicate):
+            continue
+        yield whole._replace(dp_replicate=replicate, dp_shard=shard)
+
+
+def _options(wish: int | str, free: list[int]) -> list[int]:
+    return free if isinstance(wish, str) else [wish]
+
+
+def micro_batches(recipe: Recipe, degrees: Degrees, stages_per_rank: int) -> list[int]:
+    """Legal numbers of rows in a micro-batch, ascending. A pipeline has at least one micro-batch per stage and rank."""
+    rows, pp = recipe.global_batch_rows // degrees.dp, degrees.pp
+    given = recipe.train.micro_batch_rows
+    most = max(1, MOST_MICRO_BATCH_TOKENS * degrees.cp // recipe.data.seq_len_tokens)
+    return [
+        m
+        for m in divisors(rows)
+        if rows // m >= pp
+        and (stages_per_rank == 1 or rows // m % pp == 0)
+        and (m == given if given != "auto" else m <= most)
+    ]
+
+
+def describe(layout: Layout) -> str:
+    """The cut in a line: "tp 4, dp_shard 16, 2 x 1 rows, remat full"."""
+    axes = [f"{axis} {getattr(layout, axis)}" for axis in Degrees._fields if getattr(layout, axis) > 1]
+    if layout.stages_per_rank > 1:
+        axes.append(f"{layout.stages_per_rank} stages a rank")
+    if layout.engine == "deepspeed":
+        axes.append(f"deepspeed zero_stage {layout.zero_stage}")
+    if layout.offload != "none":
+        axes.append(f"offload {layout.offload}")
+    axes.append(f"{layout.accumulation} x {layout.micro_batch_rows} rows")
+    if layout.remat != "none":
+        axes.append(f"remat {layout.remat}")
+    return ", ".join(axes)

@@ -13,12 +13,17 @@ from pydantic import ValidationError
 
 from aifactory_train.errors import PlanError
 from aifactory_train.machine.machine import Machine
+from aifactory_train.plan.calibrate import correct_step_time
 from aifactory_train.plan.contract import Layout, Part, Prediction, Shape
-from aifactory_train.plan.layout import choose_layout, n_devices
-from aifactory_train.plan.memory import estimate_memory_bytes
+from aifactory_train.plan.layout import describe, n_devices
+from aifactory_train.plan.rates import device_rates
+from aifactory_train.plan.refuse import check_wishes, nothing_left
+from aifactory_train.plan.search import Candidate, Ranking, search
 from aifactory_train.plan.shape import build_shape
 from aifactory_train.plan.steptime import estimate_step_time_s, total_step_time_s
+from aifactory_train.plan.work import work_of
 from aifactory_train.recipe.schema import Recipe, fingerprint
+from aifactory_train.units import format_fraction
 
 PLAN_SCHEMA: Final = "aifactory-plan/1"
 
@@ -53,23 +58,31 @@ def load_plan(path: Path) -> Plan:
 
 
 def make_plan(recipe: Recipe, machine: Machine, n_nodes: int = 1, cpu_ranks: int = 1) -> Plan:
-    """Join recipe and machine: layout, counts and predictions.
+    """Join recipe and machine: layout, counts and predictions. The same arguments give the same plan.
 
     Args:
         n_nodes: nodes of the machine that take part.
         cpu_ranks: ranks per node on a machine without GPUs; on others there is one rank per device.
 
     Raises:
-        PlanError: the batch cannot be cut evenly, or nothing fits into the memory.
+        PlanError: what the recipe asks for contradicts itself, model or machine, or nothing fits into the memory.
     """
+    return make_ranked_plan(recipe, machine, n_nodes, cpu_ranks)[0]
+
+
+def make_ranked_plan(recipe: Recipe, machine: Machine, n_nodes: int = 1, cpu_ranks: int = 1) -> tuple[Plan, Ranking]:
+    """As `make_plan`, with the layouts that were compared."""
     for option, value in (("--nodes", n_nodes), ("--cpu-ranks", cpu_ranks)):
         if value < 1:
             raise PlanError(f"{option} is {value}", where="command line", do=f"give 1 or more, such as {option} 1")
-    notes: list[str] = []
-    layout = choose_layout(recipe, machine, n_nodes, cpu_ranks, notes)
+    check_wishes(recipe, machine, n_nodes, cpu_ranks)
+    ranking = search(recipe, machine, n_nodes, cpu_ranks)
+    if ranking.chosen is None:
+        raise nothing_left(recipe, machine, n_nodes, cpu_ranks, ranking)
     shape = build_shape(recipe.model, recipe.data.seq_len_tokens)
-    predicted = _predict(recipe, machine, layout, shape, notes)
-    return Plan(
+    layout = Layout.model_validate(ranking.chosen.layout.model_dump())
+    predicted = _predict(recipe, machine, ranking.chosen, shape, ranking.order_only)
+    plan = Plan(
         recipe=recipe,
         recipe_hash=fingerprint(recipe),
         machine=machine,
@@ -78,8 +91,9 @@ def make_plan(recipe: Recipe, machine: Machine, n_nodes: int = 1, cpu_ranks: int
         layout=layout,
         shape=shape,
         predicted=predicted,
-        notes=notes,
+        notes=_notes(recipe, machine, ranking, predicted),
     )
+    return plan, ranking
 
 
 def peak_flops_per_s(plan: Plan) -> float | None:
@@ -88,32 +102,63 @@ def peak_flops_per_s(plan: Plan) -> float | None:
     return None if peak is None else peak * n_devices(plan.machine, plan.layout)
 
 
-def _predict(recipe: Recipe, machine: Machine, layout: Layout, shape: Shape, notes: list[str]) -> Prediction:
-    memory_bytes = estimate_memory_bytes(recipe, machine, layout)
-    terms_s = estimate_step_time_s(recipe, machine, layout)
-    total_s = total_step_time_s(terms_s)
-    unknown = [name for name, seconds in terms_s.items() if seconds is None]
-    if total_s is None:
-        notes.append("the matmul rate is unknown, so no time is predicted; measure with: aifactory-train probe")
-    elif unknown:
-        notes.append(f"the predicted time is a lower bound: no rate is known for {', '.join(unknown)}")
-    is_measured = getattr(machine.measured.matmul_flops_per_s, layout.precision) is not None
-    if total_s is not None and not is_measured:
-        notes.append("the predicted time is at the vendor's peak, a lower bound; measure with: aifactory-train probe")
+def _predict(recipe: Recipe, machine: Machine, chosen: Candidate, shape: Shape, order_only: bool) -> Prediction:
+    layout, memory = chosen.layout, chosen.memory
+    # Rates that only stand in to rank by are no prediction.
+    terms_s = estimate_step_time_s(work_of(recipe), machine, layout) if order_only else chosen.terms_s
+    modelled_s = total_step_time_s(terms_s)
+    within = None if modelled_s is None else correct_step_time(machine, layout.precision, modelled_s)
+    total_s = None if within is None else within.expected_s
+    if within is not None and modelled_s is not None and within.expected_s != modelled_s:
+        terms_s = terms_s | {"measured_correction": within.expected_s - modelled_s}
     tokens_per_s = run_time_s = mfu_frac = None
     if total_s is not None:
         tokens_per_s = recipe.train.global_batch_tokens / total_s
         run_time_s = recipe.n_steps * total_s
         peak = getattr(machine.device.peak_flops_per_s, layout.precision)
-        if peak is not None and is_measured:
+        if peak is not None:
             mfu_frac = tokens_per_s * shape.model_flops_per_token / (peak * n_devices(machine, layout))
     return Prediction(
-        memory_bytes=memory_bytes,
-        peak_memory_bytes=sum(memory_bytes.values()),
+        memory_bytes=memory.terms_bytes,
+        peak_memory_bytes=memory.peak_bytes,
+        peak_at=memory.peak_at,
+        host_bytes=memory.host_bytes,
         step_time_s=terms_s,
         total_step_time_s=total_s,
+        step_time_low_s=None if within is None else within.low_s,
+        step_time_high_s=None if within is None else within.high_s,
         tokens_per_s=tokens_per_s,
         mfu_frac=mfu_frac,
         run_time_s=run_time_s,
         device_hours=None if run_time_s is None else layout.world_size * run_time_s / 3600,
     )
+
+
+def _notes(recipe: Recipe, machine: Machine, ranking: Ranking, predicted: Prediction) -> list[str]:
+    """A sentence for each choice and figure that rests on something unknown, or is not what the user would expect."""
+    chosen, best = ranking.chosen, ranking.best
+    assert chosen is not None and best is not None
+    layout, notes = chosen.layout, []
+    if chosen.why_not is not None:
+        notes.append(f"not trainable: {chosen.why_not}; no layout of these ranks is, so launch refuses this plan")
+    elif best.why_not is not None:
+        faster = format_fraction(best.tokens_per_s / chosen.tokens_per_s - 1)
+        notes.append(f"{faster} faster, but {best.why_not}: {describe(best.layout)}")
+    if recipe.train.precision == "auto" and machine.device.native_bf16 is None:
+        notes.append("whether the device computes in bf16 is unknown: precision auto became fp32")
+    if ranking.limit_bytes is None:
+        notes.append(
+            f"device memory is unknown: micro_batch_rows {layout.micro_batch_rows} gives"
+            f" {layout.micro_batch_rows * recipe.data.seq_len_tokens} tokens and parameters are gathered block by"
+            " block; give the machine file its device.memory_bytes"
+        )
+    unknown = [name for name, seconds in predicted.step_time_s.items() if seconds is None]
+    rates = device_rates(machine, layout.precision)
+    notes += rates.assumed
+    if predicted.total_step_time_s is None:
+        notes.append("the matmul rate is unknown, so no time is predicted; measure with: aifactory-train probe")
+    elif unknown:
+        notes.append(f"the predicted time is a lower bound: no rate is known for {', '.join(unknown)}")
+    if ranking.order_only:
+        notes.append("layouts were compared by rates of common parts, in the place of those that are unknown")
+    return notes

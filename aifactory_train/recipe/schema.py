@@ -130,8 +130,8 @@ class Train(Strict):
     budget_tokens: Count
     global_batch_tokens: Count
     micro_batch_rows: Count | Auto = "auto"
-    precision: Literal["fp32", "bf16"] | Auto = "auto"
-    compile: bool = False
+    precision: Literal["fp32", "bf16", "fp8"] | Auto = "auto"
+    compile: bool | Auto = "auto"
 
 
 class Optim(Strict):
@@ -166,11 +166,19 @@ class Schedule(Strict):
 
 
 class Layout(Strict):
-    """Degrees of the parallel axes, what FSDP keeps gathered, and what the backward pass computes once more."""
+    """What the plan may not decide freely: each value that is given is kept. plan/contract.py says what they mean."""
 
+    engine: Literal["fsdp2", "deepspeed"] | Auto = "auto"
+    pp: Count | Auto = "auto"
+    dp_replicate: Count | Auto = "auto"
     dp_shard: Count | Auto = "auto"
+    cp: Count | Auto = "auto"
+    tp: Count | Auto = "auto"
+    zero_stage: Literal[1, 2, 3] | Auto = "auto"
+    stages_per_rank: Count | Auto = "auto"
     reshard_after_forward: bool | Auto = "auto"
-    remat: Literal["none", "full"] | Auto = "auto"
+    remat: Literal["none", "selective", "full"] | Auto = "auto"
+    offload: Literal["none", "optimizer"] | Auto = "auto"
 
 
 class Checkpoint(Strict):

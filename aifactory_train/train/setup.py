@@ -31,6 +31,7 @@ from aifactory_train.parallel.apply import apply_parallelism
 from aifactory_train.parallel.mesh import build_mesh
 from aifactory_train.plan.placement import device_of
 from aifactory_train.plan.plan import Plan, load_plan
+from aifactory_train.plan.support import refuse_untrainable
 from aifactory_train.results.provenance import provenance
 from aifactory_train.rundir import RunDir, hold, log_event, read_jsonl, step_folder
 from aifactory_train.train.engine import Engine
@@ -85,6 +86,7 @@ def build_run(
     """
     folder = RunDir(root)
     plan = load_plan(folder.plan)
+    refuse_untrainable(plan.layout, where=str(folder.plan))
     check_world_size(ranks, plan.layout.world_size)
     device = pick_device(plan, ranks)
     bind_cores(plan, ranks)
@@ -220,7 +222,7 @@ def build_engine(plan: Plan, device: torch.device, fresh: bool) -> TorchEngine:
     mesh = build_mesh(plan.layout, device.type)
     with torch.device("meta"):
         decoder = Decoder(recipe.model)
-    apply_parallelism(decoder.parts(), mesh, plan.layout, recipe.train.compile)
+    apply_parallelism(decoder.parts(), mesh, plan.layout)
     decoder.to_empty(device=device)
     if fresh and recipe.model.init_from:
         load_huggingface(decoder, Path(recipe.model.init_from))

@@ -6,7 +6,6 @@ import pytest
 
 from aifactory_train.errors import PlanError
 from aifactory_train.machine.machine import ByDtype, Device, Host, Machine, Measured
-from aifactory_train.plan.explain import explain
 from aifactory_train.plan.memory import FIT_FRAC
 from aifactory_train.plan.plan import Plan, load_plan, make_plan, peak_flops_per_s
 from aifactory_train.recipe.load import load_recipe
@@ -29,7 +28,7 @@ def cpu(memory_bytes=24 * GIB, measured=NOTHING_MEASURED, bf16=True, peak=None):
 def gpus(memory_bytes=80 * GIB, per_node=4, **measured):
     device = Device(
         kind="cuda", name="GPU", per_node=per_node, memory_bytes=memory_bytes, native_bf16=True,
-        peak_flops_per_s=ByDtype(bf16=1e15),
+        peak_flops_per_s=ByDtype(bf16=1e15), memory_bytes_per_s=2e12,
     )  # fmt: skip
     rates = Measured(matmul_flops_per_s=ByDtype(bf16=6e14), **measured)
     return Machine(name="gpus", device=device, host=Host(cores=64), measured=rates)
@@ -101,7 +100,7 @@ def test_a_given_micro_batch_is_kept():
 
 
 def test_dp_shard_other_than_all_ranks_is_refused():
-    assert "dp_shard 4 differs from the 2 ranks" in refusal(
+    assert "dp_shard 4 does not divide the 2 ranks" in refusal(
         load_recipe(DEMO, ["layout.dp_shard=4"]), cpu(), cpu_ranks=2
     )
     assert make_plan(load_recipe(DEMO, ["layout.dp_shard=2"]), cpu(), cpu_ranks=2).layout.dp_shard == 2
@@ -128,7 +127,7 @@ def test_the_micro_batch_is_the_largest_that_fits():
 
 def test_parameters_stay_gathered_only_where_they_fit():
     recipe = load_recipe(LLAMA_8B)
-    assert make_plan(recipe, gpus(64 * GIB), n_nodes=128).layout.reshard_after_forward is True
+    assert make_plan(recipe, gpus(24 * GIB), n_nodes=128).layout.reshard_after_forward is True
     assert make_plan(recipe, gpus(192 * GIB), n_nodes=128).layout.reshard_after_forward is False
     kept = make_plan(load_recipe(LLAMA_8B, ["layout.reshard_after_forward=true"]), gpus(192 * GIB), n_nodes=128)
     assert kept.layout.reshard_after_forward is True
@@ -136,20 +135,21 @@ def test_parameters_stay_gathered_only_where_they_fit():
 
 def test_a_model_that_does_not_fit_is_refused_with_its_terms_and_a_number_of_ranks_that_does():
     recipe = load_recipe(LLAMA_8B, ["layout.remat=none"])
-    text = refusal(recipe, gpus(80 * GIB))
+    text = refusal(recipe, gpus(24 * GIB))
     assert "activations" in text and "optimizer_state" in text
     ranks = int(text.split("do:    use ")[1].split()[0])
-    assert make_plan(recipe, gpus(80 * GIB), n_nodes=ranks // 4).layout.world_size == ranks
+    assert make_plan(recipe, gpus(24 * GIB), n_nodes=ranks // 4).layout.world_size == ranks
 
 
 def test_activations_are_computed_again_only_where_no_row_of_kept_ones_fits():
-    recipe = load_recipe(LLAMA_8B)
-    few, many = (make_plan(recipe, gpus(64 * GIB), n_nodes=n) for n in (16, 128))
+    recipe = load_recipe(LLAMA_8B, ["layout.engine=fsdp2", "layout.dp_shard=64", "layout.zero_stage=3"])
+    few, many = make_plan(recipe, gpus(64 * GIB), n_nodes=16), make_plan(recipe, gpus(192 * GIB), n_nodes=16)
     assert (few.layout.remat, many.layout.remat) == ("full", "none")
-    # One more forward of the blocks: a third of their share of the model's FLOPs.
-    again, matmul = few.predicted.step_time_s["recomputation"], few.predicted.step_time_s["matmul"]
-    assert 0.28 < again / matmul < 1 / 3 and "recomputation" not in many.predicted.step_time_s
-    given = make_plan(load_recipe(LLAMA_8B, ["layout.remat=full"]), gpus(64 * GIB), n_nodes=128)
+    # One more forward of the blocks: of forward and twice that backward, a third at most.
+    terms = few.predicted.step_time_s
+    blocks = terms["matmul"] + terms["attention"] + terms["elementwise"] + terms["kernel_starts"]
+    assert 0.28 < terms["recomputation"] / blocks < 0.34 and "recomputation" not in many.predicted.step_time_s
+    given = make_plan(load_recipe(LLAMA_8B, ["layout.remat=full"]), gpus(192 * GIB), n_nodes=16)
     assert given.layout.remat == "full"
 
 
@@ -166,10 +166,10 @@ def test_unknown_memory_gives_a_safe_micro_batch_and_a_note():
 def test_states_shrink_with_the_ranks_and_muon_needs_one_moment_for_the_matrices():
     one, four = (make_plan(load_recipe(DEMO), cpu(), cpu_ranks=n).predicted.memory_bytes for n in (1, 4))
     n = 2_361_024
-    assert one["parameters"] == one["gradients"] == 4 * n and one["optimizer_state"] == 8 * n
+    assert one["parameters"] == 4 * n and one["optimizer_state"] == 8 * n
     assert four["parameters"] == n
     assert one["checkpoint_copy"] == 12 * n
-    assert make_plan(load_recipe(DEMO), gpus()).predicted.memory_bytes["checkpoint_copy"] == 0
+    assert "checkpoint_copy" not in make_plan(load_recipe(DEMO), gpus()).predicted.memory_bytes
     muon = make_plan(load_recipe(DEMO, ["optim.name=muon"]), cpu()).predicted.memory_bytes
     matrices = 4 * (192 * 192 * 2 + 192 * 64 * 2 + 3 * 192 * 512)
     assert muon["optimizer_state"] == 8 * n - 4 * matrices
@@ -180,16 +180,14 @@ def test_accumulation_holds_the_gradients_of_the_whole_model():
     assert terms["unsharded_gradients"] == 4 * 2_361_024
 
 
-def test_without_measured_rates_the_vendors_peak_gives_a_lower_bound_and_no_mfu():
-    machine = gpus(80 * GIB)
-    measured = make_plan(load_recipe(LLAMA_8B), machine, n_nodes=64).predicted
-    peak = ByDtype(bf16=989e12)
-    device = machine.device.model_copy(update={"peak_flops_per_s": peak})
-    plan = make_plan(
-        load_recipe(LLAMA_8B), machine.model_copy(update={"device": device, "measured": Measured()}), n_nodes=64
-    )
-    assert plan.predicted.total_step_time_s < measured.total_step_time_s and plan.predicted.mfu_frac is None
-    assert any("vendor's peak" in note for note in plan.notes)
+def test_without_measured_rates_the_peak_counts_in_part_and_an_unpublished_one_is_assumed_by_name():
+    recipe, machine = load_recipe(LLAMA_8B), gpus(80 * GIB)
+    published = make_plan(recipe, machine.model_copy(update={"measured": Measured()}), n_nodes=64)
+    assert 0.1 < published.predicted.mfu_frac < 0.7, "never the peak itself"
+    named = machine.device.model_copy(update={"name": "NVIDIA A100-SXM-64GB", "peak_flops_per_s": ByDtype()})
+    plan = make_plan(recipe, machine.model_copy(update={"device": named, "measured": Measured()}), n_nodes=64)
+    assert plan.predicted.tokens_per_s and plan.predicted.mfu_frac is None, "a share of an unknown peak is unknown"
+    assert any(note.startswith("assumed: the bf16 peak of NVIDIA A100-SXM-64GB") for note in plan.notes)
 
 
 def test_without_a_matmul_rate_no_time_is_predicted_and_a_note_says_what_to_do():
@@ -198,36 +196,29 @@ def test_without_a_matmul_rate_no_time_is_predicted_and_a_note_says_what_to_do()
     assert any("aifactory-train probe" in note for note in plan.notes)
 
 
-def test_ranks_on_a_cpu_share_its_rate_so_the_tokens_per_second_stay():
+def test_ranks_on_a_cpu_share_its_rate_so_two_are_about_as_fast_as_one():
     measured = Measured(matmul_flops_per_s=ByDtype(bf16=1e11), memory_bytes_per_s=1e10)
     one, two = (make_plan(load_recipe(DEMO), cpu(measured=measured), cpu_ranks=n).predicted for n in (1, 2))
-    assert one.step_time_s["matmul"] == two.step_time_s["matmul"]
-    assert one.step_time_s["communication"] == 0.0 and two.step_time_s["communication"] is None
-    assert two.tokens_per_s == pytest.approx(one.tokens_per_s)
+    assert one.step_time_s["matmul"] == pytest.approx(two.step_time_s["matmul"], rel=0.01)
+    assert "data_parallel" not in one.step_time_s and two.step_time_s["data_parallel"] > 0
+    assert 0.5 * one.tokens_per_s < two.tokens_per_s < one.tokens_per_s
 
 
-def test_gpus_multiply_the_rate():
-    four, eight = (make_plan(load_recipe(DEMO), gpus(), n_nodes=n).predicted for n in (1, 2))
-    assert eight.tokens_per_s == pytest.approx(2 * four.tokens_per_s)
+def test_gpus_multiply_the_rate_less_what_their_exchange_costs():
+    two, four = (make_plan(load_recipe(LLAMA_8B), gpus(), n_nodes=n).predicted for n in (16, 32))
+    assert 1.6 * two.tokens_per_s < four.tokens_per_s < 2.05 * two.tokens_per_s
 
 
 def test_mfu_is_the_share_of_the_peak_of_all_devices():
-    plan = make_plan(load_recipe(DEMO), gpus(), n_nodes=2)
-    assert peak_flops_per_s(plan) == 8e15
-    assert plan.predicted.mfu_frac == pytest.approx(0.6)
-    measured = Measured(matmul_flops_per_s=ByDtype(bf16=1e11))
+    plan = make_plan(load_recipe(LLAMA_8B), gpus(), n_nodes=16)
+    assert peak_flops_per_s(plan) == 64e15
+    flops_per_s = plan.predicted.tokens_per_s * plan.shape.model_flops_per_token
+    assert plan.predicted.mfu_frac == pytest.approx(flops_per_s / 64e15)
+    measured = Measured(matmul_flops_per_s=ByDtype(bf16=1e11), memory_bytes_per_s=1e10)
     plan = make_plan(load_recipe(DEMO), cpu(measured=measured, peak=2e11), cpu_ranks=2)
-    assert plan.predicted.mfu_frac == pytest.approx(0.5)
+    flops_per_s = plan.predicted.tokens_per_s * plan.shape.model_flops_per_token
+    assert plan.predicted.mfu_frac == pytest.approx(flops_per_s / 2e11), "the ranks of a CPU node share its peak"
     assert peak_flops_per_s(make_plan(load_recipe(DEMO), cpu())) is None
-
-
-def test_the_explanation_names_every_term_and_every_note():
-    plan = make_plan(load_recipe(DEMO), cpu(), cpu_ranks=2)
-    text = explain(plan)
-    for name in (*plan.predicted.memory_bytes, *plan.predicted.step_time_s):
-        assert name.replace("_", " ") in text
-    assert all(note in text for note in plan.notes)
-    assert "16 rows of 256 tokens = 2 ranks x 1 x 8 rows" in text
 
 
 @pytest.mark.parametrize(("key", "option"), [("n_nodes", "--nodes"), ("cpu_ranks", "--cpu-ranks")])

@@ -64,7 +64,7 @@ def test_several_faults_are_told_at_once_each_with_its_line(tmp_path):
     [
         ("train.micro_batch_rows=foo", "expected an integer or auto, given: 'foo'"),
         ("train.micro_batch_rows=0", "expected a value greater than 0 or auto, given: 0"),
-        ("train.precision=fp8", "expected fp32 or bf16 or auto, given: 'fp8'"),
+        ("train.precision=fp16", "expected fp32, bf16 or fp8 or auto, given: 'fp16'"),
         ("layout.reshard_after_forward=no", "expected true or false or auto, given: 'no'"),
     ],
 )

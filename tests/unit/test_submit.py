@@ -190,5 +190,5 @@ def test_the_cost_is_in_the_unit_of_the_grant():
     assert estimate_cost(planned(accounting=gpu_hours).machine, 16, 7200) == (128, "GPU-hours")
     assert estimate_cost(planned().machine, 16, 7200) == (32, "node-hours")
     run, *_, job = render_cost(planned(2, accounting=gpu_hours), 3600, "01:00:00")
-    assert run.startswith("the run: at least ") and "GPU-hours" in run
+    assert run.startswith("the run: about ") and "GPU-hours" in run
     assert job == "one job: at most 8 GPU-hours (2 node(s) for 01:00:00)"

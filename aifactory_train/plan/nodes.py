@@ -1,0 +1,249 @@
+"""How many nodes: the limits of a job, the efficiency curve, and what a deadline or a budget asks for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from aifactory_train.errors import PlanError
+from aifactory_train.machine.machine import Machine
+from aifactory_train.plan.layout import describe
+from aifactory_train.plan.refuse import check_wishes, nothing_left
+from aifactory_train.plan.search import Candidate, search
+from aifactory_train.recipe.schema import Recipe
+from aifactory_train.units import format_hours, format_seconds, parse_duration_s
+
+# A node that adds less than this share of what one adds at the smallest number that fits is not worth its cost.
+EFFICIENT_FRAC = 0.8
+# Of a budget of device-hours: this share of the tokens that it could buy at most is kept, to be done sooner.
+BUDGET_FRAC = 0.95
+# The curve ends here where no limit is known.
+MOST_NODES = 4096
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of one job. None where nobody says. `named`: "partition gpu with QoS normal"."""
+
+    named: str
+    min_nodes: int | None
+    max_nodes: int | None
+    max_time_h: float | None
+
+
+@dataclass(frozen=True)
+class NodeRow:
+    """One number of nodes with the layout that a plan would take there.
+
+    efficiency_frac: tokens/s per node, over those at the smallest number that fits. run_time_s: of all steps.
+    """
+
+    n_nodes: int
+    chosen: Candidate
+    tokens_per_s: float
+    efficiency_frac: float
+    run_time_s: float
+    device_hours: float
+
+
+@dataclass(frozen=True)
+class NodeTable:
+    """`recommended` is one of the rows' n_nodes; `why` says by which rule. order_only: see search.Ranking."""
+
+    rows: list[NodeRow]
+    recommended: int
+    why: str
+    order_only: bool
+
+
+def job_limits(machine: Machine, partition: str | None = None, qos: str | None = None) -> Limits:
+    """Limits by partition and QoS, by default the machine's. A QoS that has a limit wins over the partition."""
+    slurm = machine.slurm
+    if slurm is None:
+        return Limits(f"machine {machine.name}", None, 1, None)
+    part = next((p for p in slurm.partitions if p.name == (partition or slurm.partition.name)), None)
+    if part is None:
+        known = ", ".join(p.name for p in slurm.partitions)
+        raise PlanError(
+            f"partition {partition!r} is not in the machine file", where="command line", do=f"one of {known}"
+        )
+    wanted = qos or slurm.default_qos
+    level = next((q for q in slurm.qos if q.name == wanted), None)
+    if qos is not None and level is None:
+        known = ", ".join(q.name for q in slurm.qos) or "none is known; leave it out"
+        raise PlanError(f"QoS {qos!r} is not in the machine file", where="command line", do=f"one of {known}")
+    most = (level.max_nodes if level else None) or part.max_nodes or part.nodes or machine.nodes
+    return Limits(
+        f"partition {part.name}" + (f" with QoS {level.name}" if level else ""),
+        level.min_nodes if level else None,
+        most,
+        (level.max_time_h if level else None) or part.max_time_h,
+    )
+
+
+def check_nodes(machine: Machine, n_nodes: int, partition: str | None = None, qos: str | None = None) -> None:
+    """Raise PlanError where a job may not have so many nodes, with the partition or QoS that gives them."""
+    limits = job_limits(machine, partition, qos)
+    if limits.min_nodes is not None and n_nodes < limits.min_nodes:
+        raise PlanError(
+            f"{n_nodes} node(s); {limits.named} wants {limits.min_nodes} or more",
+            where=f"machine {machine.name}",
+            do=f"--nodes {limits.min_nodes}, or another --qos",
+        )
+    if limits.max_nodes is None or n_nodes <= limits.max_nodes or machine.slurm is None:
+        return
+    ways = [("--partition", p.name) for p in machine.slurm.partitions]
+    ways += [("--qos", q.name) for q in machine.slurm.qos]
+    wider = []
+    for option, name in ways:
+        other = job_limits(machine, *(name, None) if option == "--partition" else (partition, name))
+        if other.max_nodes is not None and other.max_nodes >= n_nodes:
+            time = "" if other.max_time_h is None else f", {format_hours(other.max_time_h)} a job"
+            wider.append(f"{option} {name} ({other.max_nodes} nodes{time})")
+    do = f"--nodes {limits.max_nodes} or less"
+    raise PlanError(
+        f"{n_nodes} nodes; {limits.named} allows {limits.max_nodes}",
+        where=f"machine {machine.name}",
+        do=f"{do}, or {' or '.join(wider)}" if wider else f"{do}: no partition or QoS of this machine gives a job more",
+    )
+
+
+def choose_nodes(
+    recipe: Recipe,
+    machine: Machine,
+    n_nodes: int | None = None,
+    partition: str | None = None,
+    qos: str | None = None,
+    device_hours: float | None = None,
+    deadline: str | None = None,
+) -> tuple[int, NodeTable | None]:
+    """(number of nodes to plan for, the curve that it was chosen on). No curve where the number is given, or is 1.
+
+    Args:
+        device_hours: a budget; deadline: a time as text, such as "10d". At most one of n_nodes and these is given.
+
+    Raises:
+        PlanError: beyond the limits of a job, or not possible.
+    """
+    if n_nodes is not None:
+        check_nodes(machine, n_nodes, partition, qos)
+        return n_nodes, None
+    if device_hours is not None and not 0 < device_hours < 1e12:
+        raise PlanError(f"--gpu-hours is {device_hours:g}", where="command line", do="such as --gpu-hours 50000")
+    deadline_s = None if deadline is None else parse_duration_s(deadline)
+    if deadline is not None and not deadline_s:
+        raise PlanError(
+            f"--deadline {deadline!r} is no time", where="command line", do="such as 10d, 36h, 90min or 10-00:00:00"
+        )
+    limits = job_limits(machine, partition, qos)
+    if machine.slurm is None and device_hours is None and deadline_s is None:
+        return 1, None
+    table = build_node_table(recipe, machine, min(limits.max_nodes or MOST_NODES, MOST_NODES), limits.min_nodes or 1)
+    if device_hours is not None:
+        table = nodes_for_budget(machine, table, device_hours)
+    if deadline_s is not None:
+        table = nodes_for_deadline(recipe, machine, table, deadline_s)
+    return table.recommended, table
+
+
+def build_node_table(recipe: Recipe, machine: Machine, most_nodes: int, least_nodes: int = 1) -> NodeTable:
+    """The efficiency curve over 1, 2, 4, ... nodes, from `least_nodes` to `most_nodes`.
+
+    Recommended: the most nodes that this version can train on with an efficiency of EFFICIENT_FRAC or more.
+
+    Raises:
+        PlanError: nothing fits on so many nodes.
+    """
+    counts = [n for n in (2**k for k in range(most_nodes.bit_length())) if n >= least_nodes] or [most_nodes]
+    check_wishes(recipe, machine, counts[-1], 1)
+    rows: list[NodeRow] = []
+    order_only = False
+    for n_nodes in counts:
+        row = _row(recipe, machine, n_nodes, rows[0] if rows else None)
+        if row is not None:
+            rows.append(row[0])
+            order_only |= row[1]
+    if not rows:
+        raise nothing_left(recipe, machine, counts[-1], 1, search(recipe, machine, counts[-1]))
+    trained = [row for row in rows if row.chosen.why_not is None]
+    good = [row for row in trained or rows if row.efficiency_frac >= EFFICIENT_FRAC]
+    recommended = max((row.n_nodes for row in good), default=(trained or rows)[0].n_nodes)
+    why = f"the most with {EFFICIENT_FRAC:.0%} or more of the tokens/s per node of {rows[0].n_nodes} node(s)"
+    if trained and len(trained) < len(rows):
+        why += ", among those that this version can train on"
+    return NodeTable(rows, recommended, why, order_only)
+
+
+def _row(recipe: Recipe, machine: Machine, n_nodes: int, first: NodeRow | None) -> tuple[NodeRow, bool] | None:
+    ranking = search(recipe, machine, n_nodes)
+    chosen = ranking.chosen
+    if chosen is None:
+        return None
+    run_time_s = recipe.n_steps * chosen.step_time_s
+    per_node = chosen.tokens_per_s / n_nodes
+    efficiency_frac = 1.0 if first is None else per_node / (first.tokens_per_s / first.n_nodes)
+    device_hours = chosen.layout.world_size * run_time_s / 3600
+    row = NodeRow(n_nodes, chosen, chosen.tokens_per_s, efficiency_frac, run_time_s, device_hours)
+    return row, ranking.order_only
+
+
+def nodes_for_deadline(recipe: Recipe, machine: Machine, table: NodeTable, deadline_s: float) -> NodeTable:
+    """The table with the fewest nodes whose steps are done in `deadline_s` seconds; waiting in the queue not counted.
+
+    Between two powers of two, eighths are tried.
+
+    Raises:
+        PlanError: no number of nodes is fast enough, or no time can be predicted.
+    """
+    _check_has_times(machine, table, "--deadline")
+    rows = [row for row in table.rows if row.chosen.why_not is None] or table.rows
+    upper = next((row for row in rows if row.run_time_s <= deadline_s), None)
+    if upper is None:
+        fastest = min(rows, key=lambda row: row.run_time_s)
+        raise PlanError(
+            f"the run cannot be done in {format_seconds(deadline_s)}: the fastest, {fastest.n_nodes} node(s), takes "
+            f"{format_seconds(fastest.run_time_s)} ({describe(fastest.chosen.layout)})",
+            where=f"recipe {recipe.name} on machine {machine.name}, --deadline",
+            do=f"--deadline {fastest.run_time_s / 86400 + 0.05:.1f}d, fewer train.budget_tokens "
+            f"({int(recipe.train.budget_tokens * deadline_s / fastest.run_time_s)} in that time), or a larger batch",
+        )
+    added = list(table.rows)
+    best = upper
+    for eighths in (5, 6, 7):
+        n_nodes = upper.n_nodes * eighths // 8
+        if upper.n_nodes < 8 or not table.rows[0].n_nodes < n_nodes:
+            continue
+        found = _row(recipe, machine, n_nodes, table.rows[0])
+        if found is not None and found[0].chosen.why_not == upper.chosen.why_not:
+            added.append(found[0])
+            if found[0].run_time_s <= deadline_s:
+                best = found[0]
+                break
+    why = f"the fewest whose steps are done within {format_seconds(deadline_s)}; waiting in the queue not counted"
+    return NodeTable(sorted(added, key=lambda row: row.n_nodes), best.n_nodes, why, table.order_only)
+
+
+def nodes_for_budget(machine: Machine, table: NodeTable, device_hours: float) -> NodeTable:
+    """The table with the most nodes that still buy BUDGET_FRAC of what `device_hours` can buy at most.
+
+    Raises:
+        PlanError: no time can be predicted.
+    """
+    _check_has_times(machine, table, "--gpu-hours")
+    rows = [row for row in table.rows if row.chosen.why_not is None] or table.rows
+    most = max(tokens_bought(row, device_hours) for row in rows)
+    best = max(row.n_nodes for row in rows if tokens_bought(row, device_hours) >= BUDGET_FRAC * most)
+    why = f"the most that buy {BUDGET_FRAC:.0%} or more of the tokens that this budget can buy"
+    return NodeTable(table.rows, best, why, table.order_only)
+
+
+def tokens_bought(row: NodeRow, device_hours: float) -> float:
+    return row.tokens_per_s * 3600 * device_hours / row.chosen.layout.world_size
+
+
+def _check_has_times(machine: Machine, table: NodeTable, option: str) -> None:
+    if table.order_only:
+        raise PlanError(
+            f"{option} needs predicted times, and not every rate of the devices is known",
+            where=f"machine {machine.name}: device.peak_flops_per_s, device.memory_bytes_per_s",
+            do="measure them on a node: aifactory-train probe --out FILE, then --machine FILE; or give --nodes",
+        )

@@ -1,0 +1,216 @@
+"""Why no layout is left: the sentence that says what to change, and the nearest layout that works."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from aifactory_train.errors import PlanError
+from aifactory_train.machine.machine import Machine
+from aifactory_train.plan.layout import Degrees, cp_fault, describe, divisors, pp_fault, ranks_per_node, tp_fault
+from aifactory_train.plan.memory import FIT_FRAC
+from aifactory_train.plan.rates import device_rates
+from aifactory_train.plan.search import Ranking, choose_precision, search
+from aifactory_train.recipe.schema import Recipe
+from aifactory_train.units import format_bytes
+
+MOST_NODES_TO_TRY = 16_384
+
+
+def check_wishes(recipe: Recipe, machine: Machine, n_nodes: int, cpu_ranks: int) -> None:
+    """Refuse what no search can answer: given values that contradict model, batch, machine or each other.
+
+    Raises:
+        PlanError: with what to set instead.
+    """
+    per_node = ranks_per_node(machine, cpu_ranks)
+    _check_axes(recipe, machine, n_nodes, cpu_ranks)
+    _check_product(recipe, per_node * n_nodes)
+    _check_batch(recipe, machine, per_node * n_nodes)
+    _check_kind(recipe, machine)
+
+
+def _check_axes(recipe: Recipe, machine: Machine, n_nodes: int, cpu_ranks: int) -> None:
+    wish, model, seq = recipe.layout, recipe.model, recipe.data.seq_len_tokens
+    per_node = ranks_per_node(machine, cpu_ranks)
+    stages = 1 if wish.stages_per_rank == "auto" else wish.stages_per_rank
+    checks = {
+        "tp": (wish.tp, lambda tp: tp_fault(model, seq, tp, per_node)),
+        "cp": (wish.cp, lambda cp: cp_fault(seq, cp) if cp > 1 else None),
+        "pp": (wish.pp, lambda pp: pp_fault(model, pp, stages)),
+    }
+    for axis, (given, fault) in checks.items():
+        if given == "auto" or fault(given) is None:
+            continue
+        near = sorted(
+            (d for d in divisors(per_node * n_nodes) if fault(d) is None), key=lambda d: abs(math.log(d / given))
+        )
+        raise PlanError(
+            f"layout.{axis} {given}: {fault(given)}",
+            where=f"recipe {recipe.name} on {n_nodes} node(s) of {per_node} ranks of machine {machine.name}",
+            do=_nearest(recipe, machine, n_nodes, cpu_ranks, axis, near),
+        )
+
+
+def _nearest(recipe: Recipe, machine: Machine, n_nodes: int, cpu_ranks: int, axis: str, values: Iterable[int]) -> str:
+    """The nearest value that has a layout, with that layout."""
+    for value in values:
+        layout = recipe.layout.model_copy(update={axis: value})
+        chosen = search(recipe.model_copy(update={"layout": layout}), machine, n_nodes, cpu_ranks).chosen
+        if chosen is not None:
+            return f"--set layout.{axis}={value}, the nearest that works: {describe(chosen.layout)}"
+    return f"--set layout.{axis}=auto"
+
+
+def _check_product(recipe: Recipe, world_size: int) -> None:
+    given = {axis: getattr(recipe.layout, axis) for axis in Degrees._fields}
+    given = {axis: value for axis, value in given.items() if value != "auto"}
+    product, named = math.prod(given.values()), " x ".join(f"{axis} {value}" for axis, value in given.items())
+    complete = len(given) == len(Degrees._fields)
+    if world_size % product == 0 and not (complete and product != world_size):
+        return
+    loosest = max(given, key=lambda axis: given[axis])
+    rest = product // given[loosest]
+    fits = [
+        d for d in divisors(world_size) if (world_size // d) % rest == 0 and (not complete or d * rest == world_size)
+    ]
+    value = min(fits, key=lambda d: abs(math.log(d / given[loosest])), default="auto")
+    asked = f"layout.{named}" + (f" = {product}" if len(given) > 1 else "")
+    raise PlanError(
+        f"{asked} {'is not' if complete else 'does not divide'} the {world_size} ranks",
+        where=f"recipe {recipe.name}, layout",
+        do=f"--set layout.{loosest}={value}, or another number of nodes",
+    )
+
+
+def _check_batch(recipe: Recipe, machine: Machine, world_size: int) -> None:
+    """Some number of replicas must divide the rows of a batch, and the given micro-batch their share."""
+    wish, rows, seq = recipe.layout, recipe.global_batch_rows, recipe.data.seq_len_tokens
+    replicas = replicas_allowed(recipe, machine, world_size)
+    if not any(rows % dp == 0 for dp in replicas):
+        dp = max((d for d in replicas if d <= rows), default=min(replicas))
+        near = {max(1, rows // dp) * dp, (rows // dp + 1) * dp}
+        good = " or ".join(str(r * seq) for r in sorted(near))
+        raise PlanError(
+            f"train.global_batch_tokens {recipe.train.global_batch_tokens} is {rows} rows of {seq} tokens, "
+            f"which {world_size} ranks cannot share evenly" + ("" if dp == world_size else f" as {dp} replicas"),
+            where=f"recipe {recipe.name}, train.global_batch_tokens",
+            do=f"nearest good values: {good}, as in --set train.global_batch_tokens={max(near) * seq}",
+        )
+    micro = recipe.train.micro_batch_rows
+    shares = sorted({rows // dp for dp in replicas if rows % dp == 0})
+    if micro != "auto" and not any(share % micro == 0 for share in shares):
+        shown = ", ".join(str(m) for m in divisors(shares[0]))
+        raise PlanError(
+            f"train.micro_batch_rows {micro} does not divide the {shares[0]} rows of each rank",
+            where=f"recipe {recipe.name}, train.micro_batch_rows",
+            do=f"one of {shown}, or --set train.micro_batch_rows=auto",
+        )
+    if wish.pp not in ("auto", 1) and max(shares) < int(wish.pp):
+        raise PlanError(
+            f"layout.pp {wish.pp} needs as many micro-batches, and a replica has {max(shares)} rows",
+            where=f"recipe {recipe.name}, train.global_batch_tokens {recipe.train.global_batch_tokens}",
+            do=f"--set layout.pp={max(d for d in divisors(world_size) if d <= max(shares))}, fewer nodes, or a "
+            f"global batch of {wish.pp * min(replicas) * seq} tokens or more",
+        )
+
+
+def replicas_allowed(recipe: Recipe, machine: Machine, world_size: int) -> list[int]:
+    """Numbers of replicas that the given degrees leave open; on a CPU only FSDP is taken on auto."""
+    wish, on_cpu = recipe.layout, machine.device.kind == "cpu"
+    given = {axis: getattr(wish, axis) for axis in ("pp", "cp", "tp")}
+    fixed = math.prod(value for value in given.values() if value != "auto")
+    if on_cpu or "auto" not in given.values():
+        return [world_size // fixed]
+    if "auto" not in (wish.dp_shard, wish.dp_replicate):
+        return [int(wish.dp_shard) * int(wish.dp_replicate)]
+    least = math.prod(d for d in (wish.dp_shard, wish.dp_replicate) if d != "auto")
+    return [d for d in divisors(world_size // fixed) if d % least == 0]
+
+
+def _check_kind(recipe: Recipe, machine: Machine) -> None:
+    """Engine, ZeRO stage, offload, precision and pipeline stages that contradict each other."""
+    wish, precision = recipe.layout, choose_precision(recipe, machine)
+    axes = [axis for axis in ("pp", "dp_replicate", "cp", "tp") if getattr(wish, axis) not in ("auto", 1)]
+    stage = wish.zero_stage
+    faults = [
+        (
+            precision == "fp8" and device_rates(machine, "fp8").peak_flops_per_s is None,
+            f"train.precision fp8: {machine.device.name} has no fp8 units that its machine file knows",
+            "--set train.precision=auto, or give the machine file its device.peak_flops_per_s.fp8",
+        ),
+        (
+            wish.engine == "fsdp2" and stage in (1, 2),
+            f"layout.zero_stage {stage} is deepspeed's; engine fsdp2 splits parameters too, which is stage 3",
+            "--set layout.engine=deepspeed, or --set layout.zero_stage=3",
+        ),
+        (
+            wish.engine == "fsdp2" and wish.offload == "optimizer",
+            "layout.offload optimizer is deepspeed's; engine fsdp2 keeps the optimizer's state on the device",
+            "--set layout.engine=deepspeed, or --set layout.offload=none",
+        ),
+        (
+            (wish.engine == "deepspeed" or stage in (1, 2) or wish.offload == "optimizer") and bool(axes),
+            f"layout.{', '.join(axes)} above 1 with deepspeed, which splits over dp_shard alone",
+            "--set layout.engine=fsdp2 with zero_stage 3 and no offload, or leave the axis at auto",
+        ),
+        (
+            (wish.engine == "deepspeed" or stage in (1, 2)) and recipe.optim.name != "adamw",
+            f"optim.name {recipe.optim.name} with deepspeed, which has adamw",
+            "--set optim.name=adamw, or --set layout.engine=fsdp2",
+        ),
+        (
+            wish.stages_per_rank not in ("auto", 1) and wish.pp == 1,
+            f"layout.stages_per_rank {wish.stages_per_rank} with pp 1: there is no pipeline to interleave",
+            "--set layout.pp=auto, or --set layout.stages_per_rank=1",
+        ),
+    ]
+    for is_fault, what, do in faults:
+        if is_fault:
+            raise PlanError(what, where=f"recipe {recipe.name} on machine {machine.name}", do=do)
+
+
+def nothing_left(recipe: Recipe, machine: Machine, n_nodes: int, cpu_ranks: int, ranking: Ranking) -> PlanError:
+    """The error for a search without a candidate."""
+    world_size = ranks_per_node(machine, cpu_ranks) * n_nodes
+    where = f"recipe {recipe.name} on machine {machine.name} with {world_size} ranks"
+    if ranking.least is None or ranking.limit_bytes is None:
+        given = [f"layout.{k} {v}" for k, v in recipe.layout.model_dump().items() if v != "auto"]
+        return PlanError(
+            f"no layout of {world_size} ranks keeps {', '.join(given) or 'the batch'} together with "
+            f"{recipe.global_batch_rows} rows of {recipe.data.seq_len_tokens} tokens",
+            where=where,
+            do="set one of them to auto, change train.global_batch_tokens, or take another number of nodes",
+        )
+    layout, memory = ranking.least
+    terms = sorted(memory.terms_bytes.items(), key=lambda kv: -kv[1])
+    named = ", ".join(f"{k} {format_bytes(v)}" for k, v in terms if v)
+    return PlanError(
+        f"{ranking.dropped['does not fit']} layout(s) do not fit; the closest ({describe(layout)}) needs "
+        f"{format_bytes(memory.peak_bytes)} per rank; {FIT_FRAC:.0%} of its {format_bytes(ranking.limit_bytes)} may be "
+        f"planned: {named}",
+        where=where,
+        do=_fewest_nodes(recipe, machine, n_nodes, cpu_ranks),
+    )
+
+
+def _fewest_nodes(recipe: Recipe, machine: Machine, n_nodes: int, cpu_ranks: int) -> str:
+    per_node = ranks_per_node(machine, cpu_ranks)
+    most = min(MOST_NODES_TO_TRY, recipe.global_batch_rows * recipe.model.n_layers * per_node)
+    upper = n_nodes
+    while (upper := upper * 2) <= most:
+        if search(recipe, machine, upper, cpu_ranks).chosen is not None:
+            break
+    else:
+        return (
+            "take a smaller model, a shorter data.seq_len_tokens or a larger train.global_batch_tokens: "
+            f"no number of devices up to {most * per_node} would fit"
+        )
+    # Between the last that did not fit and the first that does, by eighths: a batch seldom divides by other numbers.
+    for n in sorted({upper * eighths // 8 for eighths in (5, 6, 7, 8)} - set(range(n_nodes + 1))):
+        chosen = search(recipe, machine, n, cpu_ranks).chosen
+        if chosen is not None:
+            owned = machine.nodes is not None and n > machine.nodes
+            size = f"{n} nodes of {per_node}" + (f"; this machine has {machine.nodes}" if owned else "")
+            return f"use {n * per_node} ranks ({size}), which would fit: {describe(chosen.layout)}"
+    raise AssertionError("the last of them fits")

@@ -1,0 +1,298 @@
+"""The search: every legal layout that fits, fastest first. Pure Python; 70B on thousands of devices takes about 1 s."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+from aifactory_train.machine.machine import Machine
+from aifactory_train.plan.calibrate import correct_step_time
+from aifactory_train.plan.contract import Layout
+from aifactory_train.plan.layout import Degrees, legal_degrees, micro_batches, ranks_per_node
+from aifactory_train.plan.memory import FIT_FRAC, Memory, estimate_memory, memory_per_rank_bytes
+from aifactory_train.plan.placement import place
+from aifactory_train.plan.rates import device_rates
+from aifactory_train.plan.steptime import estimate_step_time_s, total_step_time_s
+from aifactory_train.plan.support import why_not_trainable
+from aifactory_train.plan.work import Work, work_of
+from aifactory_train.recipe.schema import Recipe
+
+Remat = Literal["none", "selective", "full"]
+Precision = Literal["fp32", "bf16", "fp8"]
+
+# Where the memory is unknown: enough tokens to fill the matmuls, few enough for any device.
+SAFE_MICRO_BATCH_TOKENS = 2048
+# Kept activations of so many tokens fill the matmuls; to compute them again would buy nothing.
+FILLING_MICRO_BATCH_TOKENS = 8192
+# Layouts this close together are the same to the model of time: the simpler one is taken.
+ALIKE_FRAC = 0.005
+# Stand in for rates that nobody knows, to rank by: (matmul FLOP/s, memory bytes/s) of common parts.
+_ORDER_ONLY = {"cpu": (1e12, 1e11), "cuda": (3e14, 2e12), "rocm": (3e14, 2e12)}
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A layout that fits. Seconds and tokens/s are for the order alone where `Ranking.order_only` says so."""
+
+    layout: Layout
+    memory: Memory
+    terms_s: dict[str, float | None]
+    step_time_s: float
+    tokens_per_s: float
+    why_not: str | None  # one sentence where this version cannot train it
+
+    @property
+    def cut(self) -> tuple[Any, ...]:
+        """What makes two layouts different to a reader: not how full the device is, nor how many replicas there are."""
+        at = self.layout
+        return at.engine, at.zero_stage, at.offload, at.remat, at.pp, at.cp, at.tp, at.dp_replicate > 1
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Candidates, fastest first. `dropped`: reason -> number of layouts; `least`: of those that do not fit, the
+    smallest, with its memory."""
+
+    candidates: list[Candidate]
+    dropped: dict[str, int]
+    least: tuple[Layout, Memory] | None
+    limit_bytes: int | None
+    order_only: bool
+
+    @cached_property
+    def best(self) -> Candidate | None:
+        return _simplest_of_the_fastest(self.candidates)
+
+    @cached_property
+    def chosen(self) -> Candidate | None:
+        """What the plan takes: the best that this version can train, else the best."""
+        return _simplest_of_the_fastest([c for c in self.candidates if c.why_not is None]) or self.best
+
+    @cached_property
+    def runner_up(self) -> Candidate | None:
+        """The fastest that is cut in another way than the chosen one and no faster."""
+        if self.chosen is None:
+            return None
+        mine, floor_s = self.chosen.cut, self.chosen.step_time_s
+        return next((c for c in self.candidates if c.cut != mine and c.step_time_s >= floor_s), None)
+
+
+def _degrees(layout: Layout) -> Degrees:
+    return Degrees(layout.pp, layout.dp_replicate, layout.dp_shard, layout.cp, layout.tp)
+
+
+def _simplest_of_the_fastest(candidates: list[Candidate]) -> Candidate | None:
+    if not candidates:
+        return None
+    limit_s = min(c.step_time_s for c in candidates) * (1 + ALIKE_FRAC)
+    return min((c for c in candidates if c.step_time_s <= limit_s), key=lambda c: _complexity(c.layout))
+
+
+def _complexity(layout: Layout) -> tuple[Any, ...]:
+    """Fewer axes first, then the plainer engine, kept activations, and the larger micro-batch."""
+    degrees = _degrees(layout)
+    return (
+        sum(d > 1 for d in degrees._replace(dp_shard=1)),
+        layout.engine != "fsdp2",
+        layout.offload != "none",
+        layout.stages_per_rank,
+        ("none", "selective", "full").index(layout.remat),
+        layout.pp * layout.tp * layout.cp,
+        layout.dp_replicate,
+        -layout.zero_stage,
+        -layout.micro_batch_rows,
+        layout.reshard_after_forward,
+        degrees,
+    )
+
+
+def search(
+    recipe: Recipe, machine: Machine, n_nodes: int, cpu_ranks: int = 1, precision: Precision | None = None
+) -> Ranking:
+    """Rank every layout that the recipe allows on `n_nodes` nodes and that fits.
+
+    Offload is tried only where nothing else fits, or where the recipe names it.
+
+    Args:
+        cpu_ranks: ranks per node on a machine without GPUs; without meaning on others.
+        precision: None for that of the recipe, or on auto what the device computes in.
+    """
+    found = _Search(recipe, machine, n_nodes, cpu_ranks, precision or choose_precision(recipe, machine))
+    wish = recipe.layout.offload
+    candidates = found.run("none") if wish != "optimizer" else []
+    if not candidates and wish != "none":
+        candidates = found.run("optimizer")
+    candidates.sort(key=lambda c: (c.step_time_s, _complexity(c.layout)))
+    return Ranking(candidates, dict(found.dropped), found.least, found.limit_bytes, found.order_only)
+
+
+def choose_precision(recipe: Recipe, machine: Machine) -> Precision:
+    """fp8 only where the recipe asks: what it does to the numbers is the user's decision."""
+    if recipe.train.precision != "auto":
+        return recipe.train.precision
+    return "bf16" if machine.device.native_bf16 else "fp32"
+
+
+@dataclass
+class _Search:
+    recipe: Recipe
+    machine: Machine
+    n_nodes: int
+    cpu_ranks: int
+    precision: Precision
+    dropped: Counter[str] = field(default_factory=Counter)
+    least: tuple[Layout, Memory] | None = None
+
+    def __post_init__(self) -> None:
+        self.work: Work = work_of(self.recipe)
+        self.orders: dict[int, list[int]] = {}
+        self.per_node = ranks_per_node(self.machine, self.cpu_ranks)
+        self.limit_bytes = memory_per_rank_bytes(self.machine, self.per_node)
+        self.rated = _with_rates(self.machine, self.precision)
+        self.order_only = self.rated is not self.machine
+        self.measured_ratio = correct_step_time(self.machine, self.precision, 1.0).expected_s
+        self.on_cpu = self.machine.device.kind == "cpu"
+        compile_wish = self.recipe.train.compile
+        # On a CPU it needs a C++ compiler, which not every machine has.
+        self.compile = not self.on_cpu if compile_wish == "auto" else compile_wish
+
+    def run(self, offload: Literal["none", "optimizer"]) -> list[Candidate]:
+        found: list[Candidate] = []
+        axes_on_auto = not self.on_cpu and self.limit_bytes is not None
+        world_size = self.per_node * self.n_nodes
+        for degrees in legal_degrees(self.recipe, world_size, self.per_node, axes_on_auto):
+            for base, micros in self._bases(degrees, offload):
+                found += [self._timed(layout, memory) for layout, memory in self._fitting(base, micros)]
+        return found
+
+    def _bases(self, degrees: Degrees, offload: str) -> Iterator[tuple[dict[str, Any], list[int]]]:
+        """The fields of a layout without micro-batch and remat, and the micro-batches that are legal with them."""
+        wish, layers = self.recipe.layout, self.recipe.model.n_layers
+        ranks = self.per_node * self.n_nodes
+        common = degrees._asdict() | {
+            "world_size": ranks,
+            "n_nodes": self.n_nodes,
+            "compile": self.compile,
+            "precision": self.precision,
+            "offload": offload,
+            "threads_per_rank": max(1, self.machine.host.cores // self.per_node),
+            "device_order": self._device_order(degrees),
+        }
+        for stages in (1, 2, 4) if wish.stages_per_rank == "auto" else (wish.stages_per_rank,):
+            if (stages > 1 and degrees.pp == 1) or degrees.pp * stages > layers:
+                continue
+            micros = micro_batches(self.recipe, degrees, stages)
+            if not micros:
+                self.dropped["too few micro-batches for the pipeline"] += 1
+                continue
+            for engine, zero_stage, reshard in self._engines(degrees, offload):
+                kind = {"engine": engine, "zero_stage": zero_stage, "reshard_after_forward": reshard}
+                yield common | kind | {"stages_per_rank": stages}, micros
+
+    def _device_order(self, degrees: Degrees) -> list[int]:
+        """The innermost axis decides it, so that it is looked for once per degree of that."""
+        innermost = next((d for d in reversed(degrees) if d > 1), 1)
+        if innermost not in self.orders:
+            layout = Layout.model_construct(
+                world_size=self.per_node * self.n_nodes, n_nodes=self.n_nodes, device_order=[], **degrees._asdict()
+            )
+            self.orders[innermost] = place(self.machine, layout)[0]
+        return self.orders[innermost]
+
+    def _engines(self, degrees: Degrees, offload: str) -> Iterator[tuple[str, int, bool]]:
+        """(engine, ZeRO stage, reshard after forward). DeepSpeed's stage 3 is fsdp2's, so only a recipe names it."""
+        wish = self.recipe.layout
+        if wish.engine != "deepspeed" and wish.zero_stage in ("auto", 3) and offload == "none":
+            # One rank has nothing to gather.
+            reshards = (True, False) if degrees.dp_shard * degrees.cp > 1 else (False,)
+            for reshard in reshards if wish.reshard_after_forward == "auto" else (wish.reshard_after_forward,):
+                yield "fsdp2", 3, reshard
+        if wish.engine == "fsdp2" or not degrees.is_dp_shard_alone or self.precision == "fp8":
+            return
+        if (self.on_cpu and wish.engine == "auto") or self.work.optimizer != "adamw":
+            return
+        named = wish.engine == "deepspeed" or offload == "optimizer"
+        for zero_stage in (1, 2, 3) if named else (1, 2):
+            if wish.zero_stage in ("auto", zero_stage) and wish.reshard_after_forward in ("auto", zero_stage == 3):
+                yield "deepspeed", zero_stage, zero_stage == 3
+
+    def _fitting(self, base: dict[str, Any], micros: list[int]) -> Iterator[tuple[Layout, Memory]]:
+        """For each remat the largest micro-batch that fits and the next smaller ones; no remat where none is needed."""
+        wish = self.recipe.layout.remat
+        remats: list[Remat] = ["none", "selective", "full"] if wish == "auto" else [wish]
+        if self.limit_bytes is None:
+            yield self._unlimited(base | {"remat": remats[0]}, micros)
+            return
+        # One micro-batch alone holds no gradients between micro-batches, so it may fit where smaller ones do not.
+        least = base | {"remat": remats[-1]}
+        smallest = min((self._sized(least, m) for m in {micros[0], micros[-1]}), key=lambda s: s[1].peak_bytes)
+        if not self._fits(smallest):
+            self.dropped["does not fit"] += 1
+            if self.least is None or smallest[1].peak_bytes < self.least[1].peak_bytes:
+                self.least = smallest
+            return
+        n_sizes = 3 if base["pp"] > 1 else 2  # a pipeline may gain by more and smaller micro-batches
+        for remat in remats:
+            fitting = list(itertools.islice(self._largest_first(base | {"remat": remat}, micros), n_sizes))
+            yield from fitting
+            # Selective is no reason to stop: what this version can train comes after it.
+            if fitting and remat == "none" and self._is_full(fitting[0][0], micros[-1]):
+                return
+
+    def _is_full(self, layout: Layout, most: int) -> bool:
+        tokens = layout.micro_batch_rows * self.work.seq_len_tokens // layout.cp
+        return tokens >= FILLING_MICRO_BATCH_TOKENS or layout.micro_batch_rows == most
+
+    def _largest_first(self, base: dict[str, Any], micros: list[int]) -> Iterator[tuple[Layout, Memory]]:
+        """Those that fit; memory grows with the micro-batch up to the last but one."""
+        below = len(micros)
+        if self._fits(whole := self._sized(base, micros[-1])):
+            yield whole
+            below -= 1
+        low, high = 0, below
+        while low < high:
+            middle = (low + high) // 2
+            if self._fits(self._sized(base, micros[middle])):
+                low = middle + 1
+            else:
+                high = middle
+        yield from (self._sized(base, m) for m in reversed(micros[:low]))
+
+    def _unlimited(self, base: dict[str, Any], micros: list[int]) -> tuple[Layout, Memory]:
+        """The memory is unknown: a micro-batch that fits on any device, parameters gathered block by block."""
+        seq = self.work.seq_len_tokens
+        micro = next((m for m in micros if m * seq >= SAFE_MICRO_BATCH_TOKENS), micros[-1])
+        return self._sized(base, micro)
+
+    def _sized(self, base: dict[str, Any], micro: int) -> tuple[Layout, Memory]:
+        rows = self.work.global_batch_rows // (base["dp_replicate"] * base["dp_shard"])
+        # Unchecked, because every field is ours: validation would be a third of the time of a search.
+        layout = Layout.model_construct(**base, micro_batch_rows=micro, accumulation=rows // micro)
+        return layout, estimate_memory(self.work, self.machine.device.kind, layout)
+
+    def _fits(self, sized: tuple[Layout, Memory]) -> bool:
+        assert self.limit_bytes is not None
+        return sized[1].peak_bytes <= FIT_FRAC * self.limit_bytes
+
+    def _timed(self, layout: Layout, memory: Memory) -> Candidate:
+        terms_s = estimate_step_time_s(self.work, self.rated, layout)
+        modelled_s = total_step_time_s(terms_s)
+        assert modelled_s is not None, "a machine with rates has a time"
+        step_time_s = modelled_s * self.measured_ratio
+        rate = self.work.global_batch_tokens / step_time_s
+        return Candidate(layout, memory, terms_s, step_time_s, rate, why_not_trainable(layout))
+
+
+def _with_rates(machine: Machine, precision: Precision) -> Machine:
+    """The machine itself where every rate is known, else a copy with rates to rank by in the place of unknown ones."""
+    device, rates = machine.device, device_rates(machine, precision)
+    if rates.peak_flops_per_s is not None and rates.memory_bytes_per_s is not None:
+        return machine
+    flops_per_s, bytes_per_s = _ORDER_ONLY[device.kind]
+    peak = device.peak_flops_per_s.model_copy(update={precision: rates.peak_flops_per_s or flops_per_s})
+    rated = {"peak_flops_per_s": peak, "memory_bytes_per_s": rates.memory_bytes_per_s or bytes_per_s}
+    return machine.model_copy(update={"device": device.model_copy(update=rated)})
