@@ -152,6 +152,9 @@ def test_ranks_of_a_cpu_node_meet_over_the_host_and_say_so():
     between = axis_links(machine, layout(2, 4), FULL)["fsdp"]
     assert (between.crosses, between.bytes_per_s) == ("group", 1.25e9)
     assert "assumed 10 Gbit/s" in " ".join(between.assumed)
+    # A NIC of 50 GB/s does not make the sockets of its host any faster.
+    fast = node(per_node=1, kind="cpu", network=Network(nics_per_node=1, nic_gbit_per_s=400.0))
+    assert axis_links(fast, layout(2, 1), FULL)["fsdp"].bytes_per_s == 2e9
 
 
 @pytest.mark.parametrize(
