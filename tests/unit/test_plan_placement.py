@@ -7,7 +7,7 @@ import pytest
 
 from aifactory_train.faults.checks import Here
 from aifactory_train.machine.load import load_machine
-from aifactory_train.machine.machine import Link
+from aifactory_train.machine.machine import Link, Place
 from aifactory_train.plan.contract import Layout
 from aifactory_train.plan.placement import device_of, place, why_not_placed
 from aifactory_train.plan.rings import direct_ring_bytes_per_s, ring_bytes_per_s, routed_rate
@@ -145,6 +145,22 @@ def test_a_rank_moves_to_the_cores_beside_its_device_with_all_of_its_threads(eig
     bind_cores(planned(ORDER), rank(0, node=1))
     threads = {int(name) for name in os.listdir("/proc/self/task")}
     assert eight_gpus[1] == {thread: set(range(1, 8)) for thread in threads}  # device 4 has cores 1-7
+
+
+def test_the_system_really_moves_every_thread_of_a_rank():
+    before = os.sched_getaffinity(0)
+    core = max(before)
+    places = [Place(device=0, cores=str(min(before))), Place(device=1, cores=str(core))]
+    machine = load_machine("lumi-g")
+    machine = machine.model_copy(update={"topology": machine.topology.model_copy(update={"places": places})})
+    plan = SimpleNamespace(machine=machine, layout=layout(2, device_order=[1, 0]))
+    threads = [int(name) for name in os.listdir("/proc/self/task")]
+    try:
+        bind_cores(plan, Ranks(0, 2, 0, "slurm", "", 0))
+        assert [os.sched_getaffinity(thread) for thread in threads] == [{core}] * len(threads)
+    finally:
+        for thread in threads:
+            os.sched_setaffinity(thread, before)
 
 
 def test_a_rank_that_drives_the_device_of_its_number_stays_where_the_launcher_put_it(eight_gpus):
