@@ -204,7 +204,7 @@ def job_limit_s(machine: Machine) -> float | None:
 def estimate_run_cost(
     machine: Machine, layout: Layout, size: RunSize, step_time_s: float, job_time_s: float | None = None
 ) -> RunCost:
-    """Hours, energy, jobs and checkpoints of a whole run whose steps take `step_time_s`.
+    """Hours, energy, jobs and checkpoints of a whole run whose steps take `step_time_s`, the stall of saves left out.
 
     Args:
         job_time_s: wall time of one job; None: the longest that the default partition and QoS allow.
@@ -285,15 +285,24 @@ def _energy(machine: Machine, device_hours: float) -> tuple[tuple[float, float] 
     return (low, high), assumed
 
 
+def run_cost_of(plan: Plan, job_time_s: float | None = None) -> RunCost | None:
+    """The cost of a plan's run; None where no step time is predicted."""
+    step_time_s = plan.predicted.total_step_time_s
+    if step_time_s is None:
+        return None
+    # Saves are counted here, with those that fail.
+    step_time_s -= plan.predicted.step_time_s.get("checkpoint_stall") or 0.0
+    return estimate_run_cost(plan.machine, plan.layout, run_size_of(plan.recipe), step_time_s, job_time_s)
+
+
 def render_cost(plan: Plan, job_time_s: float, job_time: str) -> list[str]:
     """Lines for people: the whole run as predicted, and the most that one job of `job_time_s` can take."""
     n_nodes = plan.layout.n_nodes
     amount, unit = estimate_cost(plan.machine, n_nodes, job_time_s)
     one_job = f"one job: at most {_shown(amount)} {unit} ({n_nodes} node(s) for {job_time})"
-    step_time_s = plan.predicted.total_step_time_s
-    if step_time_s is None:
+    cost = run_cost_of(plan, job_time_s)
+    if cost is None:
         return ["the run: not predicted, no rate of the devices is known", one_job]
-    cost = estimate_run_cost(plan.machine, plan.layout, run_size_of(plan.recipe), step_time_s, job_time_s)
     bound = "at least" if None in plan.predicted.step_time_s.values() else "about"
     return [*render_run_cost(cost, bound), one_job]
 
