@@ -238,7 +238,8 @@ def layout_of(raw: dict[str, str], machine: Machine) -> Layout:
 def sharding_of(raw: dict[str, str], dp: int) -> tuple[Literal[1, 2, 3], int, bool]:
     """(ZeRO stage, dp_shard, reshard after forward). Plain data parallelism is stage 1 over one rank.
 
-    A stage that is not published is taken as 1. FSDP's SHARD_GRAD_OP is stage 2 of the file; here it is stage 3 whose parameters stay gathered.
+    A stage that is not published is taken as 1. FSDP's SHARD_GRAD_OP is stage 2 of the file; here it is stage 3
+    whose parameters stay gathered.
     """
     text = raw["sharding"]
     if "SHARD_GRAD_OP" in text:
