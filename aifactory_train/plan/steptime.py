@@ -202,12 +202,16 @@ def _data_parallel_s(
     n_weights = shape.n_parameters(work.model) / (layout.tp * layout.pp)
     weight_bytes = n_weights * shape.BYTES[layout.precision]
     gradient_bytes = n_weights * (shape.BYTES["fp32"] if software.fp32_gradients else shape.BYTES[layout.precision])
-    fsdp, replicate = links["fsdp"], links["dp_replicate"]
-    gather_s = collective_s("all_gather", weight_bytes, fsdp)
-    reduce_s = collective_s("reduce_scatter", gradient_bytes, fsdp)
-    if layout.dp_replicate > 1:
-        reduce_s += collective_s("all_reduce", gradient_bytes / layout.shard_degree, replicate)
     n_layers = work.model.n_layers / layout.pp
+    fsdp, replicate = links["fsdp"], links["dp_replicate"]
+    # Block by block, or in buckets of about that size: each pays the latency of its ring.
+    gather_s = n_layers * collective_s("all_gather", weight_bytes / n_layers, fsdp)
+    if software.gathers_by_broadcast:
+        gather_s += layout.shard_degree * constants.broadcast_s
+    reduce_s = n_layers * collective_s("reduce_scatter", gradient_bytes / n_layers, fsdp)
+    if layout.dp_replicate > 1:
+        part_bytes = gradient_bytes / layout.shard_degree / n_layers
+        reduce_s += n_layers * collective_s("all_reduce", part_bytes, replicate)
     if layout.zero_stage == 3 or software.reduce_each_micro_batch:
         gathers_s = 0.0 if layout.zero_stage < 3 else gather_s * (2 if layout.reshard_after_forward else 1)
         again_s = gathers_s if layout.reshard_after_forward else 0.0
