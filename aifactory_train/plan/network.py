@@ -156,6 +156,7 @@ class _Network:
         self.pair_bytes_per_s, self.device_bytes_per_s, self.node_assumed = _node_rates(machine)
         self.host_bytes_per_s = machine.topology.host_bytes_per_s or PCIE_BYTES_PER_S
         self.nics_bytes_per_s, self.n_nics, self.nic_assumed = _nic_rates(machine)
+        self.rings: dict[tuple[int, ...], float] = {}
         self.known: dict[tuple[str, int, int, int, tuple[int, ...]], AxisLink] = {}
 
     def link(self, axis: str, stride: int, degree: int, per_node: int, order: tuple[int, ...]) -> AxisLink:
@@ -212,8 +213,13 @@ class _Network:
         groups = [[devices[start + i * stride] for i in range(n)] for start in starts]
         if axis == "pp":
             groups = [list(pair) for group in groups for pair in itertools.pairwise(group)]
-        slowest = min(ring_bytes_per_s(self.rates, group, self.host_bytes_per_s) for group in groups)
-        return self.reached.node_link_frac * slowest
+        return self.reached.node_link_frac * min(self._ring_rate(tuple(group)) for group in groups)
+
+    def _ring_rate(self, group: tuple[int, ...]) -> float:
+        found = self.rings.get(group)
+        if found is None:
+            found = self.rings[group] = ring_bytes_per_s(self.rates, group, self.host_bytes_per_s)
+        return found
 
 
 def _node_rates(machine: Machine) -> tuple[float, float, tuple[str, ...]]:
