@@ -178,6 +178,7 @@ class _Rank:
             flash_attention=software.flash_attention,
             tp=layout.tp,
             sequence_parallel=software.sequence_parallel,
+            fp8_inputs=software.fp8_inputs,
         )
         seq, tokens = self.work.seq_len_tokens, self.tokens
         block = tokens * shape.block_activation_bytes_per_token(model, seq, how)
@@ -195,7 +196,7 @@ class _Rank:
         vocab = -(-self.work.model.vocab_size // self.layout.tp)
         chunk = self.software.loss_chunk_tokens
         if chunk is None:
-            return shape.whole_loss_bytes(self.tokens, vocab, self.layout.precision)
+            return shape.whole_loss_bytes(self.tokens, vocab, self.layout.precision, self.software.fused_loss)
         return shape.chunk_loss_bytes(
             self.tokens, chunk, vocab, self.n_table, self.layout.precision, self.layout.compile
         )
@@ -280,6 +281,10 @@ class _Rank:
                 "activation_gradients": kept.flowing,
             },
         )
+        # Gradients in bf16 are copied to fp32 for the step, and Adam over lists of tensors makes one more of that size.
+        copies = self.software.fp32_states and not self.software.fp32_gradients
+        n_step = 2 * self._shard(self.n) if copies else 0
+        yield "in the optimizer step", {**states, "optimizer_step": n_step * FP32_BYTES}
 
 
 def _host_bytes(work: Work, kind: DeviceKind, layout: Layout, states: Terms, peak_bytes: int) -> Terms:

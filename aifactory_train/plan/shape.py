@@ -119,10 +119,13 @@ def model_flops_per_token(model: Model, seq_len_tokens: int) -> float:
 def recomputed_flops_per_token(model: Model, seq_len_tokens: int, remat: str) -> float:
     """FLOPs of matrix products and attention that remat adds per token. Not part of the model's FLOPs.
 
-    "full" is one more forward of all blocks; "selective" keeps what these made, and adds none.
+    "full" is one more forward of all blocks; "selective" every second matrix product: k, o and up.
     """
-    if remat != "full":
+    if remat == "none":
         return 0.0
+    at = dims(model)
+    if remat == "selective":
+        return float(model.n_layers * 2 * at.d * (at.kv + at.q + at.f))
     return float(
         model.n_layers * (2 * n_block_matrix_parameters(model) + attention_flops_per_token(model, seq_len_tokens))
     )
@@ -159,6 +162,7 @@ class Kept:
     elementwise: "fused": norms, RoPE and activation function are few kernels, compiled or by hand; "eager": torch's
         own kernels, one for each norm; "separate": RMSNorm too is written in Python, as before torch 2.8.
     sequence_parallel: between the blocks activations are split over tp.
+    fp8_inputs: in fp8 the inputs of matrix products are kept in fp8 alone.
     """
 
     precision: Literal["fp32", "bf16", "fp8"]
@@ -169,15 +173,16 @@ class Kept:
     flash_attention: bool = True
     tp: int = 1
     sequence_parallel: bool = True
+    fp8_inputs: bool = False
 
 
 def block_kept_bytes_per_token(model: Model, seq_len_tokens: int, how: Kept) -> dict[str, int]:
     """Bytes per token that one block keeps from forward to backward on one rank of tp, by operator.
 
-    "full" keeps the input of the block. "selective" keeps also what matrix products and attention made; norms, RoPE,
-    activation function and products are computed again. Without flash attention the scores of T tokens are kept per
-    head (Korthikanti et al., arXiv:2205.05198, section 4.1): 2 bytes each of the softmax and of what dropout left of
-    it, and 1 of the dropout mask.
+    "full" keeps the input of the block. "selective" keeps also what attention and every second matrix product made
+    (q, v, gate and down of q, k, v, o, gate, up, down); the rest is computed again. Without flash attention the
+    scores of T tokens are kept per head (Korthikanti et al., arXiv:2205.05198, section 4.1): 2 bytes each of the
+    softmax and of what dropout left of it, and 1 of the dropout mask.
     """
     return dict(_block_table(dims(model, how.tp), seq_len_tokens, how))
 
@@ -200,12 +205,12 @@ def _block_table(at: Dims, seq_len_tokens: int, how: Kept) -> dict[str, int]:
     if how.remat == "selective":
         return {
             "block input": stream,
-            "q, k, v": (at.q + 2 * at.kv) * size,
+            "q, v": (at.q + at.kv) * size,
             "attention output": at.q * size,
             "log-sum-exp of the attention": at.heads * FP32_BYTES,
-            "output of o": stream,
-            "gate, up": (at.n_mlp_matrices - 1) * at.f * size,
-            "output of down": stream,
+            "gate": at.f * size,
+            # A plain MLP's down is the sixth product, which is computed again.
+            **({"output of down": stream} if at.n_mlp_matrices == 3 else {}),
         }
     # The product of gate and up is a kernel's output either way: down's weight gradient reads it.
     n_wide = {"fused": 1, "eager": 2, "separate": 2}[how.elementwise] if at.n_mlp_matrices == 3 else 1
@@ -224,6 +229,13 @@ def _block_table(at: Dims, seq_len_tokens: int, how: Kept) -> dict[str, int]:
         kept["inputs of the norms"] = 2 * stream // size * 2 * FP32_BYTES
         if at.qk_norm:
             kept["q and k before their norms"] = (at.q + at.kv) * 2 * FP32_BYTES
+    if how.fp8_inputs and how.precision == "fp8":
+        kept |= {
+            "input of q, k, v": stream // size,
+            "input of gate, up": stream // size,
+            "activation function, product": at.f,
+            "attention output": at.q * (size + 1),
+        }
     elif how.elementwise == "separate" and at.n_mlp_matrices == 3:
         # Gated models have RMSNorm: in Python an fp32 copy of the input, and the normed one before its weight.
         kept["copies in the norms"] = 2 * (stream // size * FP32_BYTES + stream)
@@ -271,9 +283,13 @@ def chunk_loss_bytes(tokens: int, chunk_tokens: int, vocab: int, n_head: int, pr
     )
 
 
-def whole_loss_bytes(tokens: int, vocab: int, precision: str) -> int:
-    """Bytes of a loss over all tokens at once: logits, their copy in fp32, its softmax, later its gradient."""
-    return tokens * vocab * (BYTES[precision] + 2 * FP32_BYTES)
+def whole_loss_bytes(tokens: int, vocab: int, precision: str, fused: bool) -> int:
+    """Bytes of a loss over all tokens at once.
+
+    The logits, and in fp32 their copy, its log-softmax, and the gradient of that; fused: the logits, over which the
+    kernel writes their gradient.
+    """
+    return tokens * vocab * (BYTES[precision] + (0 if fused else 3 * FP32_BYTES))
 
 
 def _attention_table(at: Dims, seq_len_tokens: int, how: Kept) -> dict[str, int]:

@@ -45,13 +45,13 @@ FRAMEWORKS: tuple[tuple[str, Software, str], ...] = (
     (r"^Megatron-LM", _HAND_FUSED, "flash attention on, distributed optimizer with overlap"),
     (
         r"MLPerf|NeMo/Megatron-core \+ TE",
-        dataclasses.replace(_HAND_FUSED, overlap_tp=True, attention="flash3"),
-        "cuDNN attention; TP overlap in user buffers",
+        dataclasses.replace(_HAND_FUSED, overlap_tp=True, attention="flash3", fp32_gradients=False, fp8_inputs=True),
+        "cuDNN attention; TP overlap in user buffers; grad_sync_dtype bf16; Transformer Engine saves fp8",
     ),
     (
         r"NeMo|Megatron-[Bb]ridge|Megatron-[Cc]ore|Transformer Engine",
-        dataclasses.replace(_HAND_FUSED, overlap_tp=True, attention="flash3"),
-        "cuDNN attention; performance recipes turn tp_comm_overlap on",
+        dataclasses.replace(_HAND_FUSED, overlap_tp=True, attention="flash3", fp32_gradients=False, fp8_inputs=True),
+        "cuDNN attention; performance recipes: tp_comm_overlap, grad_reduce_in_fp32 off; Transformer Engine saves fp8",
     ),
     (
         r"MaxText|Pax",
@@ -60,13 +60,13 @@ FRAMEWORKS: tuple[tuple[str, Software, str], ...] = (
     ),
     (
         r"Aleph Alpha",
-        dataclasses.replace(_HAND_FUSED, fused_elementwise=False, overlap_dp=False),
-        "kernel= in the notes says attention and RMSNorm; ZeRO-1 after the backward pass",
+        dataclasses.replace(_HAND_FUSED, fused_elementwise=False, overlap_dp=False, fp32_gradients=False),
+        "kernel= in the notes says attention and RMSNorm; ZeRO-1 after the backward pass, bf16 gradients",
     ),
     (
         r"llm-foundry",
-        dataclasses.replace(_HAND_FUSED, fused_elementwise=False),
-        "FSDP1, eager: only attention is a fused kernel",
+        dataclasses.replace(_HAND_FUSED, fused_elementwise=False, fused_loss=True),
+        "FSDP1, eager: only attention and the loss (loss_fn: fused_crossentropy) are fused kernels",
     ),
     (
         r"torchtitan",
@@ -75,8 +75,8 @@ FRAMEWORKS: tuple[tuple[str, Software, str], ...] = (
     ),
     (
         r"InternEvo",
-        _HAND_FUSED,
-        "flash attention 2 with its fused RMSNorm and loss; ZeRO-1 reductions overlap",
+        dataclasses.replace(_HAND_FUSED, fp32_gradients=False, fused_loss=True),
+        "flash attention 2 with its fused RMSNorm and loss; ZeRO-1 reductions of bf16 gradients overlap",
     ),
     (r"PaddleNLP", _HAND_FUSED, "flash attention, fused RoPE and RMSNorm"),
     (
