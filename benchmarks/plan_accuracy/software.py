@@ -131,5 +131,6 @@ def _kernel(notes: str) -> dict[str, object]:
         return {}
     kernel = match[1].strip()
     if kernel in ("torch", "fused"):
-        return {"attention": "unfused", "fused_elementwise": kernel == "fused"}
-    return {"attention": "flash1" if "v1" in kernel else "flash2", "fused_elementwise": "RMS" in kernel}
+        return {"attention": "unfused", "fused_elementwise": kernel == "fused", "fused_norm": False}
+    fused = "RMS" in kernel
+    return {"attention": "flash1" if "v1" in kernel else "flash2", "fused_elementwise": fused, "fused_norm": fused}
