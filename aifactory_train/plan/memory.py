@@ -193,13 +193,17 @@ class _Rank:
     def _loss_bytes(self) -> int:
         if not self.last:
             return 0
-        vocab = -(-self.work.model.vocab_size // self.layout.tp)
+        vocab, tp, precision = self.work.model.vocab_size, self.layout.tp, self.layout.precision
         chunk = self.software.loss_chunk_tokens
-        if chunk is None:
-            return shape.whole_loss_bytes(self.tokens, vocab, self.layout.precision, self.software.fused_loss)
-        return shape.chunk_loss_bytes(
-            self.tokens, chunk, vocab, self.n_table, self.layout.precision, self.layout.compile
-        )
+        if chunk is not None:
+            return shape.chunk_loss_bytes(
+                self.tokens, chunk, -(-vocab // tp), self.n_table, precision, self.layout.compile
+            )
+        if self.software.vocab_parallel_loss:
+            return shape.whole_loss_bytes(self.tokens, -(-vocab // tp), precision, self.software.fused_loss)
+        # The parts of the other ranks, and all of them in one tensor.
+        gathered = 2 * self.tokens * vocab * self.size if tp > 1 else 0
+        return gathered + shape.whole_loss_bytes(self.tokens, vocab, precision, self.software.fused_loss)
 
     def _fsdp_moments(self) -> Iterator[tuple[str, Terms]]:
         """Shards, gathered group by group: the root (embedding, final norm, head) stays, blocks come and go.

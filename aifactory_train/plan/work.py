@@ -53,11 +53,11 @@ class Software:
     sequence_parallel: between the blocks activations are split over tp.
     overlap_dp: gathers and reductions of dp run beside the computation.
     gathers_by_broadcast: after a sharded optimizer each rank broadcasts its share of the weights.
-    reduce_each_micro_batch: gradients are reduced in each micro-batch, not once per step.
     overlap_tp: gathers and reductions of tp run beside the matrix products that they belong to, piece by piece.
     fp32_states: master weights and the optimizer's moments are fp32, else in the precision of the model.
     defers_reduction: FSDP reduces gradients once a step, and adds them up unsharded until then; else each micro-batch.
     fused_loss: one kernel reads the logits in the precision of the model and writes their gradient over them.
+    vocab_parallel_loss: the loss works on each tp rank's part of the vocabulary, else on logits gathered from all.
     fp8_inputs: under fp8 the inputs of matrix products wait for the backward pass in fp8, else in bf16.
     """
 
@@ -69,11 +69,11 @@ class Software:
     sequence_parallel: bool = True
     overlap_dp: bool = True
     gathers_by_broadcast: bool = False
-    reduce_each_micro_batch: bool = False
     overlap_tp: bool = False
     fp32_states: bool = True
     defers_reduction: bool = True
     fused_loss: bool = False
+    vocab_parallel_loss: bool = True
     fp8_inputs: bool = False
 
     @property

@@ -60,13 +60,17 @@ FRAMEWORKS: tuple[tuple[str, Software, str], ...] = (
     ),
     (
         r"Aleph Alpha",
-        dataclasses.replace(_HAND_FUSED, fused_elementwise=False, overlap_dp=False, fp32_gradients=False),
+        dataclasses.replace(
+            _HAND_FUSED, fused_elementwise=False, overlap_dp=False, fp32_gradients=False, vocab_parallel_loss=False
+        ),
         "kernel= in the notes says attention and RMSNorm; ZeRO-1 after the backward pass, bf16 gradients",
     ),
     (
         r"llm-foundry",
-        dataclasses.replace(_HAND_FUSED, fused_elementwise=False, fused_loss=True),
-        "FSDP1, eager: only attention and the loss (loss_fn: fused_crossentropy) are fused kernels",
+        dataclasses.replace(
+            _HAND_FUSED, attention="flash1", fused_elementwise=False, fused_loss=True, defers_reduction=False
+        ),
+        "2023, FSDP1, eager: only attention (first generation) and the loss (loss_fn: fused_crossentropy) are fused",
     ),
     (
         r"torchtitan",
@@ -75,14 +79,14 @@ FRAMEWORKS: tuple[tuple[str, Software, str], ...] = (
     ),
     (
         r"InternEvo",
-        dataclasses.replace(_HAND_FUSED, fp32_gradients=False, fused_loss=True),
-        "flash attention 2 with its fused RMSNorm and loss; ZeRO-1 reductions of bf16 gradients overlap",
+        dataclasses.replace(_HAND_FUSED, fp32_gradients=False, fused_loss=True, gathers_by_broadcast=True),
+        "flash attention 2, fused RMSNorm and loss; ZeRO-1 reductions of bf16 gradients overlap, weights by broadcast",
     ),
     (r"PaddleNLP", _HAND_FUSED, "flash attention, fused RoPE and RMSNorm"),
     (
         r"Liger",
-        Software(fused_elementwise=True, overlap_dp=False, defers_reduction=False),
-        "Liger kernels: fused norms and a loss in chunks; DeepSpeed ZeRO-3",
+        Software(attention="flash3", fused_elementwise=True, overlap_dp=False, defers_reduction=False),
+        "attention 3 or 4; Liger kernels: fused norms and a loss in chunks; DeepSpeed ZeRO-3",
     ),
     (
         r"torchtune",
@@ -125,7 +129,10 @@ def software_of(row: Mapping[str, str]) -> tuple[Software, bool]:
 
 
 def _kernel(notes: str) -> dict[str, object]:
-    """Aleph Alpha's notes: torch, fused (Megatron's softmax), flash_attentionv1.0.8, flash_attention2, + RMS kernel."""
+    """What notes say of kernels. Aleph Alpha's: torch, fused (Megatron's softmax), flash_attentionv1.0.8,
+    flash_attention2, and + RMS kernel."""
+    if re.search(r"attention FA[34]\b", notes):
+        return {"attention": "flash3"}
     match = re.search(r"kernel=([^;]+)", notes)
     if match is None:
         return {}
