@@ -211,8 +211,13 @@ def _measured(page: Page) -> None:
         "bf16 matmul": units.format_flops_per_s(measured.matmul_flops_per_s.bf16),
         "fp32 matmul": units.format_flops_per_s(measured.matmul_flops_per_s.fp32),
         "memory rate": units.format_bytes_per_s(measured.memory_bytes_per_s),
+        "checkpoints, a job": units.format_bytes_per_s(measured.checkpoint_bytes_per_s),
     }
     known = {name: text for name, text in rates.items() if text != "unknown"}
+    for precision in ("fp32", "bf16", "fp8"):
+        ratio = getattr(measured.step_time_ratio, precision)
+        if ratio is not None:
+            known[f"{precision} step"] = f"{units.format_difference(ratio.median - 1)} against the plan"
     if known:
         page.section("measured, per device", "measured")
     for name, text in known.items():

@@ -6,7 +6,7 @@ from aifactory_train import units
 from aifactory_train.machine.machine import Machine
 from aifactory_train.plan.calibrate import correct_step_time
 from aifactory_train.plan.contract import Layout
-from aifactory_train.plan.cost import DEVICE_MTBF_H, JOB_SAVE_BYTES_PER_S
+from aifactory_train.plan.cost import FAILURES, JOB_SAVE_BYTES_PER_S
 from aifactory_train.plan.network import axis_links
 from aifactory_train.plan.rates import Rates, RateSource, device_rates
 
@@ -29,7 +29,7 @@ def measured_vs_assumed(machine: Machine, layout: Layout) -> list[Basis]:
     if ratio is not None:
         why = _with_origin(machine, why, f"measured.step_time_ratio.{layout.precision}")
     found.append(("whole step", "assumed" if ratio is None else "measured", why))
-    found.append(("failures", "assumed", f"one in {units.format_count(DEVICE_MTBF_H)}h of a device".replace("  ", " ")))
+    found.append(("failures", "assumed", FAILURES))
     return found
 
 

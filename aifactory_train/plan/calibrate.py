@@ -88,11 +88,13 @@ def correct_step_time(machine: Machine, precision: Precision, predicted_s: float
     """What was measured on this machine in this precision, applied to a predicted step time."""
     ratio = getattr(machine.measured.step_time_ratio, precision)
     if ratio is None:
-        why = "not corrected: no run was measured on this machine; aifactory-train calibrate does it"
+        why = "no run was measured on this machine (aifactory-train calibrate)"
         if machine.device.kind == "cpu":
             return StepTimeRange(predicted_s, None, None, why)
         far = 1 + UNCALIBRATED_RANGE_FRAC
-        why += f". Nine of ten published results lie within {format_fraction(UNCALIBRATED_RANGE_FRAC)}"
+        why += (
+            f"; nine of ten published results lie within {format_fraction(UNCALIBRATED_RANGE_FRAC)} of their prediction"
+        )
         return StepTimeRange(predicted_s, predicted_s / far, predicted_s * far, why)
     low, high = (ratio.median * (1 + sign * LEAST_RANGE_FRAC) for sign in (-1, 1))
     runs = f"{ratio.n_results} {precision} run" + ("" if ratio.n_results == 1 else "s")

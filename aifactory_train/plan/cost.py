@@ -30,6 +30,7 @@ DEVICE_MTBF_H = 50_700.0
 # From jobs on 1024 A100 in one cluster, one failure in 7.9 h, to 2.34 failures in 1000 node-days of 8 A100 in another,
 # 11 months each (arXiv 2410.21680).
 DEVICE_MTBF_RANGE_H = (8_100.0, 82_100.0)
+FAILURES = "a device fails once in 5.8 years, as in the training of Llama 3; elsewhere once in 0.9 to 9.4 years"
 
 # One rank's stream to a busy parallel file system, and the share of it that is left to one job, as faults/deadline.py
 # takes them as long as no save was measured: a cautious guess.
@@ -42,7 +43,8 @@ STARTUP_S = 180.0
 
 # Power of a node over the most that its devices may draw. In training devices draw 60 to 100 % of that; host,
 # network cards and fans add 20 to 50 %. A node of 8 H100 (8 x 700 W) was seen at 8.4 kW at most, 1.5 times its
-# devices' limit, and at 7.7 kW under heavy work (arXiv 2412.08602, 2506.14551).
+# devices' limit, and at 7.7 kW under heavy work (arXiv 2412.08602, 2506.14551). Where `power_w` is of a module with its
+# CPU, the upper end is too high.
 NODE_POWER_FRAC = (0.6 + 0.2, 1.0 + 0.5)
 
 # Segments longer than so many mean times between failures hardly ever end.
@@ -248,8 +250,7 @@ def estimate_run_cost(
         best_overhead_frac=best_stall_frac + best_lost_frac,
         makes_progress=ends and n_jobs is not None,
         assumed=(
-            f"assumed: a device fails once in {units.format_count(DEVICE_MTBF_H)}h, as in the training of Llama 3; "
-            f"elsewhere {' to '.join(units.format_count(h).replace(' ', '') for h in DEVICE_MTBF_RANGE_H)} h",
+            f"assumed: {FAILURES}",
             *save.assumed,
             f"assumed: {units.format_seconds(STARTUP_S)} to start each job",
             *power_assumed,

@@ -1,6 +1,7 @@
 """What a run costs: hours, energy, chained jobs, checkpoints and failures, by hand-computed cases."""
 
 import math
+import re
 
 import pytest
 
@@ -11,6 +12,7 @@ from aifactory_train.plan import cost
 from aifactory_train.plan.contract import Layout
 from aifactory_train.recipe.load import load_recipe
 from aifactory_train.strictyaml import configs_dir
+from aifactory_train.units import format_seconds
 
 
 def a_machine(**changes):
@@ -58,6 +60,8 @@ def test_a_device_fails_as_often_as_in_the_training_of_llama_3():
     low_h, high_h = cost.DEVICE_MTBF_RANGE_H
     assert low_h == pytest.approx(7.9 * 1024, rel=0.01)
     assert high_h == pytest.approx(1000 * 24 * 8 / 2.34, rel=0.01)
+    told = [float(number) for number in re.findall(r"\d+\.\d", cost.FAILURES)]
+    assert told == [round(hours / 8766, 1) for hours in (cost.DEVICE_MTBF_H, low_h, high_h)], "in years of 8766 h"
 
 
 @pytest.mark.parametrize(("mtbf_min", "digits", "best_min"), [(24 * 60, 0, 117), (6 * 60, 0, 57), (15, 1, 9.1)])
@@ -230,7 +234,8 @@ def test_the_lines_name_hours_time_energy_and_checkpoints():
     text = "\n".join(cost.render_run_cost(found))
     assert text.splitlines() == [
         "the run: about 9.74\N{NO-BREAK SPACE}k core-hours (203 node-hours, 811 device-hours)",
-        "time: about 101 h 24 min in 5 chained jobs of at most 24 h 00 min, waiting in the queue not counted",
+        # 101.4 h
+        f"time: about {format_seconds(found.held_time_s)} in 5 chained jobs of at most 24 h 00 min, waiting in the queue not counted",
         "energy: 260 kWh to 487 kWh at the nodes, cooling not included",
         "checkpoints: 55.9 GiB, written in 60 s, stall 60 s; saves and 0.016 expected failure(s) cost 1.0 %",
         "checkpoint.every_steps 600: 5228 would cost 0.2 %",
