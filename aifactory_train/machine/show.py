@@ -211,7 +211,7 @@ def _measured(page: Page) -> None:
         "bf16 matmul": units.format_flops_per_s(measured.matmul_flops_per_s.bf16),
         "fp32 matmul": units.format_flops_per_s(measured.matmul_flops_per_s.fp32),
         "memory rate": units.format_bytes_per_s(measured.memory_bytes_per_s),
-        "checkpoints, a job": units.format_bytes_per_s(measured.checkpoint_bytes_per_s),
+        "saves of a job": units.format_bytes_per_s(measured.checkpoint_bytes_per_s),
     }
     known = {name: text for name, text in rates.items() if text != "unknown"}
     for precision in ("fp32", "bf16", "fp8"):

@@ -231,11 +231,11 @@ def test_unknown_power_is_that_of_the_family_and_none_without_one():
 
 def test_the_lines_name_hours_time_energy_and_checkpoints():
     found = cost.estimate_run_cost(a_machine(), a_layout(), a_size(), step_time_s=10.0)
+    hours_101_4 = format_seconds(found.held_time_s)
     text = "\n".join(cost.render_run_cost(found))
     assert text.splitlines() == [
         "the run: about 9.74\N{NO-BREAK SPACE}k core-hours (203 node-hours, 811 device-hours)",
-        # 101.4 h
-        f"time: about {format_seconds(found.held_time_s)} in 5 chained jobs of at most 24 h 00 min, waiting in the queue not counted",
+        f"time: about {hours_101_4} in 5 chained jobs of at most 24 h 00 min, waiting in the queue not counted",
         "energy: 260 kWh to 487 kWh at the nodes, cooling not included",
         "checkpoints: 55.9 GiB, written in 60 s, stall 60 s; saves and 0.016 expected failure(s) cost 1.0 %",
         "checkpoint.every_steps 600: 5228 would cost 0.2 %",
