@@ -22,7 +22,7 @@ DeviceKind = Literal["cpu", "cuda", "rocm"]
 Terms = dict[str, int]
 
 # A layout counts as fitting up to this share of the memory; the rest is what the driver keeps and no term names.
-FIT_FRAC = 0.95
+FIT_FRAC = 0.94
 
 _MIB = 1024**2
 # Python, torch and its kernels: on a CPU the resident size after `import torch` and one step (2.13, x86-64); on a
@@ -127,10 +127,11 @@ class _Rank:
         self.in_flight = micro_batches_in_flight(layout, stage)
 
     def moments(self) -> Iterator[tuple[str, Terms]]:
+        """Every moment that may be the peak, with all its terms."""
         fixed = self._fixed()
         for when, moving in self._fsdp_moments() if self.layout.engine == "fsdp2" else self._zero_moments():
-            lost = int(FRAGMENTATION_FRAC[self.kind] * sum(moving.values()))
-            yield when, {**fixed, **moving, "fragmentation": lost}
+            lost = FRAGMENTATION_FRAC[self.kind] * sum(moving.values())
+            yield when, {**fixed, **moving, "fragmentation": int(lost)}
 
     def saved_states(self) -> Terms:
         """What a checkpoint holds of this rank, with what stays resident of it."""
@@ -158,6 +159,10 @@ class _Rank:
             states["optimizer_state"] = 0
         degrees = (layout.pp, layout.dp_replicate, layout.dp_shard, layout.cp, layout.tp)
         n_communicators = sum(degree > 1 for degree in degrees) + (layout.world_size > 1)
+        if layout.engine == "deepspeed":
+            # Allocated once: Megatron's and DeepSpeed's gradients are parts of long buffers.
+            n_gradients = self.n if layout.zero_stage == 1 else self._shard(self.n)
+            states["gradients"] = n_gradients * self.reduced_size
         return {
             **states,
             # An asynchronous save writes from a copy in host memory, which on a CPU is the device's.
@@ -200,10 +205,10 @@ class _Rank:
                 self.tokens, chunk, -(-vocab // tp), self.n_table, precision, self.layout.compile
             )
         if self.software.vocab_parallel_loss:
-            return shape.whole_loss_bytes(self.tokens, -(-vocab // tp), precision, self.software.fused_loss)
+            return shape.whole_loss_bytes(self.tokens, -(-vocab // tp), precision, self.software.n_fp32_logits)
         # The parts of the other ranks, and all of them in one tensor.
         gathered = 2 * self.tokens * vocab * self.size if tp > 1 else 0
-        return gathered + shape.whole_loss_bytes(self.tokens, vocab, precision, self.software.fused_loss)
+        return gathered + shape.whole_loss_bytes(self.tokens, vocab, precision, self.software.n_fp32_logits)
 
     def _fsdp_moments(self) -> Iterator[tuple[str, Terms]]:
         """Shards, gathered group by group: the root (embedding, final norm, head) stays, blocks come and go.
@@ -262,24 +267,22 @@ class _Rank:
         yield "in the optimizer step", {"gradients": shards}
 
     def _zero_moments(self) -> Iterator[tuple[str, Terms]]:
-        """ZeRO as DeepSpeed and Megatron's distributed optimizer have it: gradients are allocated all the time."""
+        """ZeRO as DeepSpeed and Megatron's distributed optimizer have it."""
         layout, kept = self.layout, self._activations()
-        n_gradients = self.n if layout.zero_stage == 1 else self._shard(self.n)
         n_gathered = self.n_root + 2 * self.n_block if layout.zero_stage == 3 else 0
         n_bucket = min(self.n, DEEPSPEED_BUCKET) if layout.zero_stage > 1 else 0
-        states = {
-            "gradients": n_gradients * self.reduced_size,
+        buffers = {
             "gathered_parameters": n_gathered * self.size,
             "reduce_buffers": n_bucket * self.size,
         }
         yield (
             "in the loss",
-            {**states, "activations": kept.blocks + kept.head, "logits_and_loss": self._loss_bytes()},
+            {**buffers, "activations": kept.blocks + kept.head, "logits_and_loss": self._loss_bytes()},
         )
         yield (
             "in the backward pass of the last block",
             {
-                **states,
+                **buffers,
                 "activations": kept.blocks,
                 "recomputed_block": kept.again,
                 "activation_gradients": kept.flowing,
@@ -288,7 +291,7 @@ class _Rank:
         # Gradients in bf16 are copied to fp32 for the step, and Adam over lists of tensors makes one more of that size.
         copies = self.software.fp32_states and not self.software.fp32_gradients
         n_step = 2 * self._shard(self.n) if copies else 0
-        yield "in the optimizer step", {**states, "optimizer_step": n_step * FP32_BYTES}
+        yield "in the optimizer step", {**buffers, "optimizer_step": n_step * FP32_BYTES}
 
 
 def _host_bytes(work: Work, kind: DeviceKind, layout: Layout, states: Terms, peak_bytes: int) -> Terms:

@@ -283,13 +283,9 @@ def chunk_loss_bytes(tokens: int, chunk_tokens: int, vocab: int, n_head: int, pr
     )
 
 
-def whole_loss_bytes(tokens: int, vocab: int, precision: str, fused: bool) -> int:
-    """Bytes of a loss over all tokens at once.
-
-    The logits, and in fp32 their copy, its log-softmax, and the gradient of that; fused: the logits, over which the
-    kernel writes their gradient.
-    """
-    return tokens * vocab * (BYTES[precision] + (0 if fused else 3 * FP32_BYTES))
+def whole_loss_bytes(tokens: int, vocab: int, precision: str, n_fp32_logits: int) -> int:
+    """Bytes of a loss over all tokens at once: the logits, and their copies in fp32."""
+    return tokens * vocab * (BYTES[precision] + n_fp32_logits * FP32_BYTES)
 
 
 def _attention_table(at: Dims, seq_len_tokens: int, how: Kept) -> dict[str, int]:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from aifactory_train.plan.work import Software
 
 # Kernels written by hand (norms, RoPE, activation, bias) and logits of the whole micro-batch with an fp32 loss.
-_HAND_FUSED = Software(fused_elementwise=True, loss_chunk_tokens=None, defers_reduction=False)
+_HAND_FUSED = Software(fused_elementwise=True, loss_chunk_tokens=None, n_fp32_logits=1, defers_reduction=False)
 
 # (pattern for the column `framework`, what it does, why)
 FRAMEWORKS: tuple[tuple[str, Software, str], ...] = (
@@ -61,14 +61,19 @@ FRAMEWORKS: tuple[tuple[str, Software, str], ...] = (
     (
         r"Aleph Alpha",
         dataclasses.replace(
-            _HAND_FUSED, fused_elementwise=False, overlap_dp=False, fp32_gradients=False, vocab_parallel_loss=False
+            _HAND_FUSED,
+            fused_elementwise=False,
+            overlap_dp=False,
+            fp32_gradients=False,
+            vocab_parallel_loss=False,
+            n_fp32_logits=3,
         ),
         "kernel= in the notes says attention and RMSNorm; ZeRO-1 after the backward pass, bf16 gradients",
     ),
     (
         r"llm-foundry",
         dataclasses.replace(
-            _HAND_FUSED, attention="flash1", fused_elementwise=False, fused_loss=True, defers_reduction=False
+            _HAND_FUSED, attention="flash1", fused_elementwise=False, n_fp32_logits=0, defers_reduction=False
         ),
         "2023, FSDP1, eager: only attention (first generation) and the loss (loss_fn: fused_crossentropy) are fused",
     ),
@@ -79,7 +84,7 @@ FRAMEWORKS: tuple[tuple[str, Software, str], ...] = (
     ),
     (
         r"InternEvo",
-        dataclasses.replace(_HAND_FUSED, fp32_gradients=False, fused_loss=True, gathers_by_broadcast=True),
+        dataclasses.replace(_HAND_FUSED, fp32_gradients=False, n_fp32_logits=0, gathers_by_broadcast=True),
         "flash attention 2, fused RMSNorm and loss; ZeRO-1 reductions of bf16 gradients overlap, weights by broadcast",
     ),
     (r"PaddleNLP", _HAND_FUSED, "flash attention, fused RoPE and RMSNorm"),
