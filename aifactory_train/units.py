@@ -74,16 +74,27 @@ def format_rate(value: float | None, what: str) -> str:
 
 
 def format_seconds(value: float | None) -> str:
-    """0.0123 -> "12.3 ms"; 4000 -> "1 h 06 min"."""
+    """0.0123 -> "12.3 ms"; 4000 -> "66 min 40 s"; 10_000 -> "2 h 46 min"; 600_000 -> "6 d 22 h"."""
     if value is None:
         return "unknown"
+    if 0 < value < 1e-3:
+        return f"{value * 1e6:.3g} µs"
     if value < 1:
         return f"{value * 1e3:.3g} ms"
     if value < 120:
         return f"{value:.3g} s"
     if value < 7200:
         return f"{int(value // 60)} min {int(value % 60):02d} s"
-    return f"{int(value // 3600)} h {int(value % 3600 // 60):02d} min"
+    if value < 96 * 3600:
+        return f"{int(value // 3600)} h {int(value % 3600 // 60):02d} min"
+    return f"{int(value // 86400)} d {int(value % 86400 // 3600)} h"
+
+
+def format_days(value_s: float | None) -> str:
+    """Seconds as days for tables: 129_600 -> "1.5"; 1.7e8 -> "1,968"."""
+    if value_s is None:
+        return "unknown"
+    return f"{value_s / 86400:.3g}" if value_s < 100 * 86400 else f"{value_s / 86400:,.0f}"
 
 
 def format_fraction(value: float | None) -> str:

@@ -81,14 +81,14 @@ def render_nodes(table: NodeTable, budget_device_hours: float | None = None) -> 
     head += [] if budget_device_hours is None else ["tokens bought"]
     lines = [[*head, "layout"]]
     for row in table.rows:
-        unknown, per_day = table.order_only, row.run_time_s / 86400
+        unknown = table.order_only
         cells = [
             "->" if row.n_nodes == table.recommended else "",
             str(row.n_nodes),
             str(row.chosen.layout.world_size),
             "unknown" if unknown else units.format_count(row.tokens_per_s),
             units.format_fraction(row.efficiency_frac),
-            "unknown" if unknown else f"{per_day:.3g}",
+            "unknown" if unknown else units.format_days(row.run_time_s),
             "unknown" if unknown else units.format_count(row.device_hours),
         ]
         if budget_device_hours is not None:
@@ -294,7 +294,7 @@ def _ranked(ranking: Ranking) -> str:
     for reason, n in ranking.dropped.items():
         closest = ""
         if reason == "does not fit" and ranking.least is not None:
-            needs, limit = ranking.least[1].peak_bytes, ranking.limit_bytes
+            needs, limit = ranking.least[1].peak_bytes, FIT_FRAC * (ranking.limit_bytes or 0)
             closest = f", the closest needs {units.format_bytes(needs)} of {units.format_bytes(limit)}"
         lines.append(f"  dropped, {reason}: {n} layout(s){closest}")
     return "\n".join(lines)

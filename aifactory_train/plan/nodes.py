@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from aifactory_train.errors import PlanError
 from aifactory_train.machine.machine import Machine
@@ -12,7 +12,7 @@ from aifactory_train.plan.search import Candidate, search
 from aifactory_train.recipe.schema import Recipe
 from aifactory_train.units import format_hours, format_seconds, parse_duration_s
 
-# A node that adds less than this share of what one adds at the smallest number that fits is not worth its cost.
+# Nodes that work at less than this share of the best tokens/s per node are not worth their cost.
 EFFICIENT_FRAC = 0.8
 # Of a budget of device-hours: this share of the tokens that it could buy at most is kept, to be done sooner.
 BUDGET_FRAC = 0.95
@@ -34,7 +34,8 @@ class Limits:
 class NodeRow:
     """One number of nodes with the layout that a plan would take there.
 
-    efficiency_frac: tokens/s per node, over those at the smallest number that fits. run_time_s: of all steps.
+    efficiency_frac: tokens/s per node over the best of the table, of the rows that this version can train where there
+        are such, so that others can be above 1. run_time_s: of all steps.
     """
 
     n_nodes: int
@@ -155,35 +156,37 @@ def build_node_table(recipe: Recipe, machine: Machine, most_nodes: int, least_no
     """
     counts = [n for n in (2**k for k in range(most_nodes.bit_length())) if n >= least_nodes] or [most_nodes]
     check_wishes(recipe, machine, counts[-1], 1)
-    rows: list[NodeRow] = []
-    order_only = False
-    for n_nodes in counts:
-        row = _row(recipe, machine, n_nodes, rows[0] if rows else None)
-        if row is not None:
-            rows.append(row[0])
-            order_only |= row[1]
-    if not rows:
+    found = [row for row in (_row(recipe, machine, n_nodes) for n_nodes in counts) if row is not None]
+    if not found:
         raise nothing_left(recipe, machine, counts[-1], 1, search(recipe, machine, counts[-1]))
-    trained = [row for row in rows if row.chosen.why_not is None]
-    good = [row for row in trained or rows if row.efficiency_frac >= EFFICIENT_FRAC]
-    recommended = max((row.n_nodes for row in good), default=(trained or rows)[0].n_nodes)
-    why = f"the most with {EFFICIENT_FRAC:.0%} or more of the tokens/s per node of {rows[0].n_nodes} node(s)"
-    if trained and len(trained) < len(rows):
+    rows = _with_efficiency([row for row, _ in found])
+    trained = trainable(rows)
+    recommended = max(row.n_nodes for row in trained if row.efficiency_frac >= EFFICIENT_FRAC)
+    why = f"the most with {EFFICIENT_FRAC:.0%} or more of the best tokens/s per node"
+    if len(trained) < len(rows) and trained[0].chosen.why_not is None:
         why += ", among those that this version can train on"
-    return NodeTable(rows, recommended, why, order_only)
+    return NodeTable(rows, recommended, why, any(order_only for _, order_only in found))
 
 
-def _row(recipe: Recipe, machine: Machine, n_nodes: int, first: NodeRow | None) -> tuple[NodeRow, bool] | None:
+def trainable(rows: list[NodeRow]) -> list[NodeRow]:
+    """The rows that this version can train on; all where there are none."""
+    return [row for row in rows if row.chosen.why_not is None] or rows
+
+
+def _with_efficiency(rows: list[NodeRow]) -> list[NodeRow]:
+    best = max(row.tokens_per_s / row.n_nodes for row in trainable(rows))
+    return [replace(row, efficiency_frac=row.tokens_per_s / row.n_nodes / best) for row in rows]
+
+
+def _row(recipe: Recipe, machine: Machine, n_nodes: int) -> tuple[NodeRow, bool] | None:
+    """The row without its efficiency, and whether its seconds are for the order alone."""
     ranking = search(recipe, machine, n_nodes)
     chosen = ranking.chosen
     if chosen is None:
         return None
     run_time_s = recipe.n_steps * chosen.step_time_s
-    per_node = chosen.tokens_per_s / n_nodes
-    efficiency_frac = 1.0 if first is None else per_node / (first.tokens_per_s / first.n_nodes)
     device_hours = chosen.layout.world_size * run_time_s / 3600
-    row = NodeRow(n_nodes, chosen, chosen.tokens_per_s, efficiency_frac, run_time_s, device_hours)
-    return row, ranking.order_only
+    return NodeRow(n_nodes, chosen, chosen.tokens_per_s, 1.0, run_time_s, device_hours), ranking.order_only
 
 
 def nodes_for_deadline(recipe: Recipe, machine: Machine, table: NodeTable, deadline_s: float) -> NodeTable:
@@ -195,16 +198,18 @@ def nodes_for_deadline(recipe: Recipe, machine: Machine, table: NodeTable, deadl
         PlanError: no number of nodes is fast enough, or no time can be predicted.
     """
     _check_has_times(machine, table, "--deadline")
-    rows = [row for row in table.rows if row.chosen.why_not is None] or table.rows
+    rows = trainable(table.rows)
     upper = next((row for row in rows if row.run_time_s <= deadline_s), None)
     if upper is None:
         fastest = min(rows, key=lambda row: row.run_time_s)
+        refused = next((row for row in table.rows if row.run_time_s <= deadline_s), None)
+        later = "" if refused is None else f"; {refused.n_nodes} nodes would do it, but {refused.chosen.why_not}"
         raise PlanError(
             f"the run cannot be done in {format_seconds(deadline_s)}: the fastest, {fastest.n_nodes} node(s), takes "
-            f"{format_seconds(fastest.run_time_s)} ({describe(fastest.chosen.layout)})",
+            f"{format_seconds(fastest.run_time_s)} ({describe(fastest.chosen.layout)}){later}",
             where=f"recipe {recipe.name} on machine {machine.name}, --deadline",
-            do=f"--deadline {fastest.run_time_s / 86400 + 0.05:.1f}d, fewer train.budget_tokens "
-            f"({int(recipe.train.budget_tokens * deadline_s / fastest.run_time_s)} in that time), or a larger batch",
+            do=f"--deadline {fastest.run_time_s / 86400 + 0.05:.1f}d, or --set train.budget_tokens="
+            f"{0.99 * recipe.train.budget_tokens * deadline_s / fastest.run_time_s:.2e}, or a larger batch",
         )
     added = list(table.rows)
     best = upper
@@ -212,14 +217,15 @@ def nodes_for_deadline(recipe: Recipe, machine: Machine, table: NodeTable, deadl
         n_nodes = upper.n_nodes * eighths // 8
         if upper.n_nodes < 8 or not table.rows[0].n_nodes < n_nodes:
             continue
-        found = _row(recipe, machine, n_nodes, table.rows[0])
+        found = _row(recipe, machine, n_nodes)
         if found is not None and found[0].chosen.why_not == upper.chosen.why_not:
             added.append(found[0])
             if found[0].run_time_s <= deadline_s:
                 best = found[0]
                 break
     why = f"the fewest whose steps are done within {format_seconds(deadline_s)}; waiting in the queue not counted"
-    return NodeTable(sorted(added, key=lambda row: row.n_nodes), best.n_nodes, why, table.order_only)
+    rows = _with_efficiency(sorted(added, key=lambda row: row.n_nodes))
+    return NodeTable(rows, best.n_nodes, why, table.order_only)
 
 
 def nodes_for_budget(machine: Machine, table: NodeTable, device_hours: float) -> NodeTable:
@@ -229,7 +235,7 @@ def nodes_for_budget(machine: Machine, table: NodeTable, device_hours: float) ->
         PlanError: no time can be predicted.
     """
     _check_has_times(machine, table, "--gpu-hours")
-    rows = [row for row in table.rows if row.chosen.why_not is None] or table.rows
+    rows = trainable(table.rows)
     most = max(tokens_bought(row, device_hours) for row in rows)
     best = max(row.n_nodes for row in rows if tokens_bought(row, device_hours) >= BUDGET_FRAC * most)
     why = f"the most that buy {BUDGET_FRAC:.0%} or more of the tokens that this budget can buy"

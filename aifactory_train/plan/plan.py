@@ -21,11 +21,14 @@ from aifactory_train.plan.refuse import check_wishes, nothing_left
 from aifactory_train.plan.search import Candidate, Ranking, search
 from aifactory_train.plan.shape import build_shape
 from aifactory_train.plan.steptime import estimate_step_time_s, total_step_time_s
+from aifactory_train.plan.support import why_not_trainable
 from aifactory_train.plan.work import work_of
 from aifactory_train.recipe.schema import Recipe, fingerprint
 from aifactory_train.units import format_fraction
 
 PLAN_SCHEMA: Final = "aifactory-plan/1"
+# A layout that this version cannot train is worth a note where it is faster by more than this.
+NOTABLE_FRAC = 0.01
 
 
 class Plan(Part):
@@ -141,9 +144,10 @@ def _notes(recipe: Recipe, machine: Machine, ranking: Ranking, predicted: Predic
     layout, notes = chosen.layout, []
     if chosen.why_not is not None:
         notes.append(f"not trainable: {chosen.why_not}; no layout of these ranks is, so launch refuses this plan")
-    elif best.why_not is not None:
+    elif best.why_not is not None and best.tokens_per_s > (1 + NOTABLE_FRAC) * chosen.tokens_per_s:
         faster = format_fraction(best.tokens_per_s / chosen.tokens_per_s - 1)
-        notes.append(f"{faster} faster, but {best.why_not}: {describe(best.layout)}")
+        notes.append(f"{faster} faster would be {describe(best.layout)}; but {best.why_not}")
+    notes += _fp8_notes(recipe, machine, chosen)
     if recipe.train.precision == "auto" and machine.device.native_bf16 is None:
         notes.append("whether the device computes in bf16 is unknown: precision auto became fp32")
     if ranking.limit_bytes is None:
@@ -162,3 +166,19 @@ def _notes(recipe: Recipe, machine: Machine, ranking: Ranking, predicted: Predic
     if ranking.order_only:
         notes.append("layouts were compared by rates of common parts, in the place of those that are unknown")
     return notes
+
+
+def _fp8_notes(recipe: Recipe, machine: Machine, chosen: Candidate) -> list[str]:
+    """What fp8 would bring to the chosen layout, where the device has it and the recipe leaves it open."""
+    if recipe.train.precision != "auto" or device_rates(machine, "fp8").peak_flops_per_s is None:
+        return []
+    bf16_s = total_step_time_s(chosen.terms_s)
+    fp8_layout = chosen.layout.model_copy(update={"precision": "fp8"})
+    fp8_s = total_step_time_s(estimate_step_time_s(work_of(recipe), machine, fp8_layout))
+    if bf16_s is None or fp8_s is None or fp8_s >= bf16_s:
+        return []
+    refused = "" if (why := why_not_trainable(fp8_layout)) is None else f"; {why}"
+    return [
+        f"fp8 would make this layout {format_fraction(bf16_s / fp8_s - 1)} faster; it changes the numbers, so it is "
+        f"taken only where asked for: --set train.precision=fp8{refused}"
+    ]

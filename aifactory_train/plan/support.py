@@ -34,9 +34,11 @@ def refuse_untrainable(layout: Layout, where: str) -> None:
     """Raise PlanError with the sentence of `why_not_trainable`, where there is one."""
     sentence = why_not_trainable(layout)
     if sentence is not None:
-        raise PlanError(
+        error = PlanError(
             sentence,
             where=where,
             do="leave the key at auto, or take fewer nodes or a larger train.global_batch_tokens;"
             " aifactory-train plan RECIPE --explain  shows what this version can train",
         )
+        error.on_every_rank = True  # all ranks read the same plan
+        raise error

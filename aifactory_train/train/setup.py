@@ -86,12 +86,12 @@ def build_run(
     """
     folder = RunDir(root)
     plan = load_plan(folder.plan)
-    refuse_untrainable(plan.layout, where=str(folder.plan))
     check_world_size(ranks, plan.layout.world_size)
     device = pick_device(plan, ranks)
     bind_cores(plan, ranks)
     torch.set_num_threads(plan.layout.threads_per_rank)
     join(ranks, device, timeout_s)
+    refuse_untrainable(plan.layout, where=str(folder.plan))
     torch.manual_seed(plan.recipe.train.seed + ranks.rank)
 
     held = _hold_folder(folder, ranks)

@@ -1,0 +1,266 @@
+"""The search: what is legal, what fits, what is taken, and the sentence where nothing is left."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from aifactory_train.errors import PlanError
+from aifactory_train.machine.load import load_machine
+from aifactory_train.machine.machine import ByDtype
+from aifactory_train.plan.layout import Degrees, legal_degrees, micro_batches
+from aifactory_train.plan.memory import FIT_FRAC
+from aifactory_train.plan.nodes import build_node_table, choose_nodes, nodes_for_budget, tokens_bought
+from aifactory_train.plan.plan import make_plan, make_ranked_plan
+from aifactory_train.plan.search import ALIKE_FRAC, search
+from aifactory_train.plan.support import refuse_untrainable, why_not_trainable
+from aifactory_train.recipe.load import load_recipe
+from plan_machines import DEMO, GIB, LLAMA_8B, LLAMA_70B, cpu, gpus
+
+ONE_LAYOUT = ["layout.pp=1", "layout.cp=1", "layout.tp=1", "layout.dp_replicate=1"]
+
+
+def refusal(recipe, *args, **kwargs) -> str:
+    with pytest.raises(PlanError) as caught:
+        make_plan(recipe, *args, **kwargs)
+    return caught.value.render()
+
+
+def test_every_candidate_keeps_the_arithmetic_of_a_layout_and_fits():
+    recipe, machine = load_recipe(LLAMA_8B), gpus(40 * GIB)
+    ranking = search(recipe, machine, 4)
+    assert len(ranking.candidates) > 50
+    for candidate in ranking.candidates:
+        at = candidate.layout
+        assert at.pp * at.dp_replicate * at.dp_shard * at.cp * at.tp == at.world_size == 16
+        assert at.dp * at.accumulation * at.micro_batch_rows == 512
+        assert 8 % at.tp == 0 and at.tp <= 4 and 8192 % (2 * at.cp) == 0
+        assert at.pp * at.stages_per_rank <= 32 and (at.pp == 1 or at.accumulation >= at.pp)
+        assert candidate.memory.peak_bytes <= FIT_FRAC * 40 * GIB
+    times = [c.step_time_s for c in ranking.candidates]
+    assert times == sorted(times)
+    assert len({c.layout.model_dump_json() for c in ranking.candidates}) == len(times), "none is there twice"
+
+
+def test_degrees_are_all_ways_to_share_the_ranks():
+    # 8 ranks on 2 nodes of 4; 16 rows; kv heads 2 allow tp 1 and 2; 256 tokens allow no cp on auto; tied: no pp.
+    found = set(legal_degrees(load_recipe(DEMO), 8, 4, axes_on_auto=True))
+    assert found == {Degrees(1, 1, 8, 1, 1), Degrees(1, 4, 2, 1, 1), Degrees(1, 1, 4, 1, 2), Degrees(1, 4, 1, 1, 2)}
+    assert set(legal_degrees(load_recipe(DEMO), 8, 4, axes_on_auto=False)) == {Degrees(1, 1, 8, 1, 1)}
+
+
+def test_a_pipeline_has_a_micro_batch_for_each_rank_and_an_interleaved_one_whole_rounds():
+    recipe = load_recipe(LLAMA_8B)  # 512 rows of 8192 tokens
+    at = Degrees(pp=4, dp_replicate=1, dp_shard=32, cp=1, tp=1)  # 16 rows for each replica
+    assert micro_batches(recipe, at, 1) == [1, 2, 4]
+    assert micro_batches(recipe, at._replace(dp_shard=128), 1) == [1]
+    assert micro_batches(load_recipe(LLAMA_8B, ["train.global_batch_tokens=1.572864e6"]), at, 1) == [1]  # 6 rows
+    assert micro_batches(load_recipe(LLAMA_8B, ["train.global_batch_tokens=1.572864e6"]), at, 2) == []
+
+
+def test_a_given_degree_is_kept_and_the_rest_is_chosen_around_it():
+    recipe = load_recipe(LLAMA_8B, ["layout.tp=2", "layout.pp=2", "layout.remat=full"])
+    ranking = search(recipe, gpus(), 4)
+    assert ranking.candidates
+    assert {(c.layout.tp, c.layout.pp, c.layout.remat) for c in ranking.candidates} == {(2, 2, "full")}
+
+
+def test_the_plan_takes_the_best_that_can_be_trained_and_tells_of_a_faster_one():
+    plan, ranking = make_ranked_plan(load_recipe(LLAMA_8B), gpus(64 * GIB), n_nodes=16)
+    assert why_not_trainable(plan.layout) is None and ranking.best.why_not is not None
+    assert ranking.best.tokens_per_s > 1.01 * ranking.chosen.tokens_per_s
+    assert any("faster would be" in note and ranking.best.why_not in note for note in plan.notes)
+    trained = [c for c in ranking.candidates if c.why_not is None]
+    assert ranking.chosen.step_time_s <= min(c.step_time_s for c in trained) * (1 + ALIKE_FRAC)
+    assert ranking.runner_up.cut != ranking.chosen.cut
+    assert ranking.runner_up.step_time_s >= ranking.chosen.step_time_s
+
+
+def test_where_none_can_be_trained_the_best_is_shown_and_marked_and_launch_has_the_same_sentence():
+    plan, ranking = make_ranked_plan(load_recipe(LLAMA_70B), gpus(80 * GIB), n_nodes=8)
+    assert ranking.chosen is ranking.best and ranking.best.why_not == why_not_trainable(plan.layout)
+    assert any(note.startswith(f"not trainable: {ranking.best.why_not}") for note in plan.notes)
+    with pytest.raises(PlanError) as caught:
+        refuse_untrainable(plan.layout, where="here")
+    assert caught.value.what == ranking.best.why_not
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"engine": "deepspeed"}, "engine deepspeed"),
+        ({"pp": 2}, "pp 2"),
+        ({"dp_replicate": 2}, "dp_replicate 2"),
+        ({"cp": 2}, "cp 2"),
+        ({"tp": 2}, "tp 2"),
+        ({"dp_shard": 1}, "dp_shard 1 on 2 ranks"),
+        ({"stages_per_rank": 2}, "stages_per_rank 2"),
+        ({"zero_stage": 2}, "zero_stage 2"),
+        ({"remat": "selective"}, "remat selective"),
+        ({"precision": "fp8"}, "precision fp8"),
+        ({"offload": "optimizer"}, "offload optimizer"),
+    ],
+)
+def test_each_thing_that_training_has_not_is_a_sentence(change, sentence):
+    layout = make_plan(load_recipe(DEMO), cpu(), cpu_ranks=2).layout
+    assert why_not_trainable(layout) is None
+    assert sentence in why_not_trainable(layout.model_copy(update=change))
+
+
+def test_offload_is_taken_only_where_nothing_else_fits():
+    recipe = load_recipe(LLAMA_70B)
+    # 70.6e9 weights: 16 bytes each in states and gradients are 1.13 TB, 12 of them moments and master weights.
+    tight, roomy = search(recipe, gpus(64 * GIB), 4), search(recipe, gpus(64 * GIB), 16)
+    assert {c.layout.offload for c in tight.candidates} == {"optimizer"}
+    assert {c.layout.offload for c in roomy.candidates} == {"none"}
+    assert tight.dropped["does not fit"] > 10
+
+
+def test_fp8_is_taken_only_where_the_recipe_asks_and_the_device_has_it():
+    machine = gpus()
+    peaks = machine.device.peak_flops_per_s.model_copy(update={"fp8": 2e15})
+    eight = machine.model_copy(update={"device": machine.device.model_copy(update={"peak_flops_per_s": peaks})})
+    plan = make_plan(load_recipe(LLAMA_8B, ["train.precision=auto"]), eight, n_nodes=4)
+    assert plan.layout.precision == "bf16"
+    assert any(note.startswith("fp8 would make this layout") for note in plan.notes)
+    assert make_plan(load_recipe(LLAMA_8B, ["train.precision=fp8"]), eight, n_nodes=4).layout.precision == "fp8"
+    assert "has no fp8 units" in refusal(load_recipe(LLAMA_8B, ["train.precision=fp8"]), machine, n_nodes=4)
+
+
+def test_the_same_arguments_give_the_same_plan():
+    one, two = (make_plan(load_recipe(LLAMA_8B), gpus(), n_nodes=4).to_json() for _ in range(2))
+    assert one == two
+
+
+def test_70b_on_a_thousand_nodes_is_searched_in_two_seconds():
+    recipe, machine = load_recipe(LLAMA_70B), load_machine("jupiter-booster")
+    search(recipe, machine, 1)
+    start_s = time.process_time()
+    ranking = search(recipe, machine, 1024)
+    assert time.process_time() - start_s < 2.0
+    assert ranking.best is not None and ranking.best.layout.world_size == 4096
+
+
+def test_a_wish_for_tp_over_the_kv_heads_names_the_nearest_that_works():
+    text = refusal(load_recipe(DEMO, ["layout.tp=4"]), gpus())
+    assert "layout.tp 4: model.n_kv_heads 2 is no multiple of it" in text
+    assert "--set layout.tp=2, the nearest that works: dp_shard 2, tp 2" in text
+    assert make_plan(load_recipe(DEMO, ["layout.tp=2"]), gpus()).layout.tp == 2
+
+
+def test_a_wish_for_tp_beyond_a_node_names_the_node():
+    text = refusal(load_recipe(LLAMA_8B, ["layout.tp=8"]), gpus(), n_nodes=2)
+    assert "the 4 devices of a node are no multiple of it" in text and "--set layout.tp=4" in text
+
+
+def test_a_wish_for_cp_that_does_not_cut_the_rows_names_the_nearest_that_works():
+    text = refusal(load_recipe(LLAMA_8B, ["layout.cp=3"]), gpus(), n_nodes=3)
+    assert "layout.cp 3: data.seq_len_tokens 8192 is no multiple of 2 x 3 = 6 chunks" in text
+    value = int(text.split("--set layout.cp=")[1].split(",")[0])
+    assert make_plan(load_recipe(LLAMA_8B, [f"layout.cp={value}"]), gpus(), n_nodes=3).layout.cp == value
+
+
+def test_a_wish_for_more_stages_than_layers_names_the_nearest_that_works():
+    text = refusal(load_recipe(LLAMA_8B, ["layout.pp=64"]), gpus(), n_nodes=16)
+    assert "model.n_layers 32 are fewer than its 64 stages" in text and "--set layout.pp=32" in text
+
+
+def test_degrees_that_do_not_make_the_ranks_are_refused():
+    assert "layout.pp 3 does not divide the 8 ranks" in refusal(
+        load_recipe(LLAMA_8B, ["layout.pp=3"]), gpus(), n_nodes=2
+    )
+    text = refusal(load_recipe(LLAMA_8B, [*ONE_LAYOUT, "layout.dp_shard=4"]), gpus(), n_nodes=2)
+    assert "is not the 8 ranks" in text and "--set layout.dp_shard=8" in text
+
+
+def test_a_batch_that_no_number_of_replicas_divides_names_the_good_values():
+    wishes = [*ONE_LAYOUT, "train.global_batch_tokens=81920"]  # 10 rows for 8 ranks
+    text = refusal(load_recipe(LLAMA_8B, wishes), gpus(), n_nodes=2)
+    assert "81920 is 10 rows of 8192 tokens" in text and f"{8 * 8192} or {16 * 8192}" in text
+    assert make_plan(load_recipe(LLAMA_8B, [*ONE_LAYOUT, f"train.global_batch_tokens={16 * 8192}"]), gpus(), n_nodes=2)
+
+
+def test_70b_on_four_devices_names_the_fewest_nodes_that_hold_it():
+    text = refusal(load_recipe(LLAMA_70B), gpus(64 * GIB))
+    assert "do not fit; the closest" in text and "gradients" in text
+    ranks = int(text.split("do:    use ")[1].split()[0])
+    assert make_plan(load_recipe(LLAMA_70B), gpus(64 * GIB), n_nodes=ranks // 4).layout.world_size == ranks
+
+
+@pytest.mark.parametrize(
+    ("wishes", "sentence"),
+    [
+        (["layout.engine=fsdp2", "layout.zero_stage=2"], "layout.zero_stage 2 is deepspeed's"),
+        (["layout.engine=fsdp2", "layout.offload=optimizer"], "layout.offload optimizer is deepspeed's"),
+        (["layout.engine=deepspeed", "layout.tp=2"], "layout.tp above 1 with deepspeed"),
+        (["layout.zero_stage=1", "optim.name=muon"], "optim.name muon with deepspeed"),
+        (["layout.stages_per_rank=2", "layout.pp=1"], "there is no pipeline to interleave"),
+    ],
+)
+def test_wishes_that_contradict_each_other_are_refused(wishes, sentence):
+    assert sentence in refusal(load_recipe(LLAMA_8B, wishes), gpus(), n_nodes=2)
+
+
+def test_more_nodes_than_the_partition_names_the_qos_that_gives_them():
+    leonardo, recipe = load_machine("leonardo-booster"), load_recipe(LLAMA_8B)
+    with pytest.raises(PlanError) as caught:
+        choose_nodes(recipe, leonardo, 100)
+    assert "100 nodes; partition boost_usr_prod allows 64" in caught.value.render()
+    assert "--qos boost_qos_bprod (256 nodes, 24 h a job)" in caught.value.render()
+    assert choose_nodes(recipe, leonardo, 100, qos="boost_qos_bprod") == (100, None)
+    with pytest.raises(PlanError, match="no partition or QoS of this machine gives a job more"):
+        choose_nodes(recipe, leonardo, 4000)
+    for options in ({"partition": "boost"}, {"qos": "fast"}):
+        with pytest.raises(PlanError, match="is not in the machine file"):
+            choose_nodes(recipe, leonardo, 2, **options)
+
+
+def test_the_recommended_nodes_are_the_most_that_work_well_enough():
+    table = build_node_table(load_recipe(LLAMA_8B), gpus(), 16)
+    assert [row.n_nodes for row in table.rows] == [1, 2, 4, 8, 16]
+    for row in table.rows:
+        assert row.device_hours == pytest.approx(4 * row.n_nodes * row.run_time_s / 3600)
+    good = [r.n_nodes for r in table.rows if r.efficiency_frac >= 0.8 and r.chosen.why_not is None]
+    assert table.recommended == max(good)
+
+
+def test_a_budget_buys_tokens_by_the_hour_of_a_device():
+    table = nodes_for_budget(gpus(), build_node_table(load_recipe(LLAMA_8B), gpus(), 8), 1000.0)
+    row = table.rows[-1]
+    assert tokens_bought(row, 1000.0) == pytest.approx(row.tokens_per_s / 32 * 3600 * 1000)
+    most = max(tokens_bought(r, 1000.0) for r in table.rows if r.chosen.why_not is None)
+    chosen = next(r for r in table.rows if r.n_nodes == table.recommended)
+    assert tokens_bought(chosen, 1000.0) >= 0.95 * most
+
+
+def test_a_deadline_takes_the_fewest_nodes_that_meet_it():
+    machine, recipe = load_machine("leonardo-booster"), load_recipe(LLAMA_8B)
+    n_nodes, table = choose_nodes(recipe, machine, deadline="4d")
+    times_s = {row.n_nodes: row.run_time_s for row in table.rows if row.chosen.why_not is None}
+    assert times_s[n_nodes] <= 4 * 86400
+    assert all(s > 4 * 86400 for n, s in times_s.items() if n < n_nodes)
+    with pytest.raises(PlanError, match="cannot be done in 60 min"):
+        choose_nodes(recipe, machine, deadline="1h")
+    with pytest.raises(PlanError, match="is no time"):
+        choose_nodes(recipe, machine, deadline="soon")
+
+
+def test_a_budget_or_a_deadline_without_rates_says_what_to_measure():
+    machine = load_machine("leonardo-booster")
+    unknown = machine.device.model_copy(update={"name": "A new part", "peak_flops_per_s": ByDtype()})
+    for wish in ({"device_hours": 100.0}, {"deadline": "10d"}):
+        with pytest.raises(PlanError) as caught:
+            choose_nodes(load_recipe(LLAMA_8B), machine.model_copy(update={"device": unknown}), **wish)
+        assert "not every rate of the devices is known" in caught.value.render()
+        assert "aifactory-train probe" in caught.value.render()
+
+
+def test_without_rates_layouts_are_still_ranked_and_no_time_is_claimed():
+    machine = gpus(64 * GIB)
+    unknown = machine.device.model_copy(update={"peak_flops_per_s": ByDtype(), "memory_bytes_per_s": None})
+    machine = machine.model_copy(update={"device": unknown, "measured": cpu().measured})
+    plan, ranking = make_ranked_plan(load_recipe(LLAMA_8B), machine, n_nodes=16)
+    assert ranking.order_only and len(ranking.candidates) > 10
+    assert plan.predicted.total_step_time_s is plan.predicted.tokens_per_s is None
+    assert any("compared by rates of common parts" in note for note in plan.notes)
