@@ -168,15 +168,17 @@ def _moved_elements(
 def head_forward(work: Work, layout: Layout, software: Software, pace: Pace) -> Forward:
     """Final norm, output head and loss of one micro-batch, split over tp.
 
-    The loss passes over its logits in fp32 four times forward; the backward pass is counted as twice the forward.
+    The loss passes over its logits in fp32 four times forward, one kernel over the logits themselves once; the
+    backward pass is counted as twice the forward.
     """
     model, size = work.model, shape.BYTES[layout.precision]
     tokens = layout.micro_batch_rows * work.seq_len_tokens / layout.cp
     vocab = model.vocab_size / layout.tp
-    logits_bytes = tokens * vocab * (size + 4 * shape.BYTES["fp32"])
+    n_logits = tokens * (vocab if software.vocab_parallel_loss else model.vocab_size)
+    logit_bytes = 2 * size if software.n_fp32_logits == 0 else size + 4 * shape.BYTES["fp32"]
     chunks = 1 if software.loss_chunk_tokens is None else max(1.0, tokens / software.loss_chunk_tokens)
     return Forward(
         gemm_s=gemm_s(tokens, vocab, model.hidden_size, pace.head_flops_per_s, pace, size),
-        elementwise_s=logits_bytes / pace.memory_bytes_per_s,
+        elementwise_s=n_logits * logit_bytes / pace.memory_bytes_per_s,
         gaps_s=KERNELS_EAGER * chunks * pace.kernel_gap_s,
     )

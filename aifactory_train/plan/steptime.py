@@ -157,7 +157,11 @@ def _tensor_parallel_s(work: Work, layout: Layout, software: Software, link: Axi
     again_s = 2 * gather_s if software.sequence_parallel else 0.0
     hidden = constants.tp_overlap_frac if software.overlap_tp else 0.0
     n_blocks = -(-work.model.n_layers // layout.pp)
-    return n_blocks * (n_pairs * pair_s + again_s) * (1 - hidden)
+    seconds = n_blocks * (n_pairs * pair_s + again_s) * (1 - hidden)
+    if not software.vocab_parallel_loss:
+        logits_bytes = _tokens(work, layout) * work.model.vocab_size * shape.BYTES[layout.precision]
+        seconds += collective_s("all_gather", logits_bytes, link)
+    return seconds
 
 
 def _context_parallel_s(work: Work, layout: Layout, link: AxisLink, compute: _Compute, constants: Constants) -> float:
@@ -195,7 +199,8 @@ def _data_parallel_s(
     """Per step: gathers of weights and reductions of gradients, as far as no computation hides them.
 
     FSDP (zero_stage 3) gathers block by block in each micro-batch, hidden behind it; gradients are reduced in the
-    last one, or in each where the software does so. ZeRO 1 and 2 gather the weights once after the optimizer and reduce beside the last backward pass.
+    last one, or in each where the software does so (ZeRO 2 too). ZeRO 1 and 2 gather the weights once after the
+    optimizer and reduce beside the last backward pass.
     """
     if layout.dp * layout.cp == 1:
         return 0.0
@@ -212,10 +217,10 @@ def _data_parallel_s(
     if layout.dp_replicate > 1:
         part_bytes = gradient_bytes / layout.shard_degree / n_layers
         reduce_s += n_layers * collective_s("all_reduce", part_bytes, replicate)
-    if layout.zero_stage == 3 or software.reduce_each_micro_batch:
+    if layout.zero_stage == 3 or (layout.zero_stage == 2 and not software.defers_reduction):
         gathers_s = 0.0 if layout.zero_stage < 3 else gather_s * (2 if layout.reshard_after_forward else 1)
         again_s = gathers_s if layout.reshard_after_forward else 0.0
-        again_s += reduce_s if software.reduce_each_micro_batch else 0.0
+        again_s += 0.0 if software.defers_reduction else reduce_s
         last_s = _exposed_s(gathers_s + reduce_s, micro_s, software, constants, n_layers)
         return last_s + (layout.accumulation - 1) * _exposed_s(again_s, micro_s, software, constants, n_layers)
     window_s = micro_s * (1 if layout.accumulation > 1 or layout.pp == 1 else 0.7)
