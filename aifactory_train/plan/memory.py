@@ -270,28 +270,20 @@ class _Rank:
         """ZeRO as DeepSpeed and Megatron's distributed optimizer have it."""
         layout, kept = self.layout, self._activations()
         n_gathered = self.n_root + 2 * self.n_block if layout.zero_stage == 3 else 0
-        n_bucket = min(self.n, DEEPSPEED_BUCKET) if layout.zero_stage > 1 else 0
+        n_bucket = min(self.n, DEEPSPEED_BUCKET) if layout.zero_stage > 1 or self.software.flat_step else 0
+        # Gradients in bf16 are copied to fp32 for the step, and Adam over lists of tensors makes one more of that size.
+        copied = self.software.fp32_states and not self.software.fp32_gradients
+        step = {"optimizer_step": 2 * self._shard(self.n) * FP32_BYTES if copied else 0}
         buffers = {
             "gathered_parameters": n_gathered * self.size,
             "reduce_buffers": n_bucket * self.size,
+            **(step if self.software.flat_step else {}),
         }
-        yield (
-            "in the loss",
-            {**buffers, "activations": kept.blocks + kept.head, "logits_and_loss": self._loss_bytes()},
-        )
-        yield (
-            "in the backward pass of the last block",
-            {
-                **buffers,
-                "activations": kept.blocks,
-                "recomputed_block": kept.again,
-                "activation_gradients": kept.flowing,
-            },
-        )
-        # Gradients in bf16 are copied to fp32 for the step, and Adam over lists of tensors makes one more of that size.
-        copies = self.software.fp32_states and not self.software.fp32_gradients
-        n_step = 2 * self._shard(self.n) if copies else 0
-        yield "in the optimizer step", {**buffers, "optimizer_step": n_step * FP32_BYTES}
+        loss = {"activations": kept.blocks + kept.head, "logits_and_loss": self._loss_bytes()}
+        yield "in the loss", {**buffers, **loss}
+        backward = {"recomputed_block": kept.again, "activation_gradients": kept.flowing}
+        yield "in the backward pass of the last block", {**buffers, "activations": kept.blocks, **backward}
+        yield "in the optimizer step", {**buffers, **step}
 
 
 def _host_bytes(work: Work, kind: DeviceKind, layout: Layout, states: Terms, peak_bytes: int) -> Terms:

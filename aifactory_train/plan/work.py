@@ -56,6 +56,7 @@ class Software:
     overlap_tp: gathers and reductions of tp run beside the matrix products that they belong to, piece by piece.
     fp32_states: master weights and the optimizer's moments are fp32, else in the precision of the model.
     defers_reduction: FSDP reduces gradients once a step, and adds them up unsharded until then; else each micro-batch.
+    flat_step: ZeRO lays gradients out in long fp32 tensors for the step, which find no room in what activations left.
     n_fp32_logits: fp32 tensors of the size of the logits that a loss over the whole micro-batch makes. 3 in plain
         torch: copy, log-softmax, gradient; 1 where Megatron works in place; 0 in a kernel over the logits themselves.
     vocab_parallel_loss: the loss works on each tp rank's part of the vocabulary, else on logits gathered from all.
@@ -73,6 +74,7 @@ class Software:
     overlap_tp: bool = False
     fp32_states: bool = True
     defers_reduction: bool = True
+    flat_step: bool = False
     n_fp32_logits: int = 3
     vocab_parallel_loss: bool = True
     fp8_inputs: bool = False

@@ -19,7 +19,7 @@ _HAND_FUSED = Software(fused_elementwise=True, loss_chunk_tokens=None, n_fp32_lo
 FRAMEWORKS: tuple[tuple[str, Software, str], ...] = (
     (
         r"Megatron-DeepSpeed \(BigScience\)|GPT-NeoX",
-        dataclasses.replace(_HAND_FUSED, attention="unfused", fp32_gradients=False, overlap_dp=False),
+        dataclasses.replace(_HAND_FUSED, attention="unfused", fp32_gradients=False, overlap_dp=False, flat_step=True),
         "2021-22: fused masked softmax, scores in memory; one reduction of the gradients after the backward pass",
     ),
     (
@@ -84,7 +84,9 @@ FRAMEWORKS: tuple[tuple[str, Software, str], ...] = (
     ),
     (
         r"InternEvo",
-        dataclasses.replace(_HAND_FUSED, fp32_gradients=False, n_fp32_logits=0, gathers_by_broadcast=True),
+        dataclasses.replace(
+            _HAND_FUSED, fp32_gradients=False, n_fp32_logits=0, gathers_by_broadcast=True, flat_step=True
+        ),
         "flash attention 2, fused RMSNorm and loss; ZeRO-1 reductions of bf16 gradients overlap, weights by broadcast",
     ),
     (r"PaddleNLP", _HAND_FUSED, "flash attention, fused RoPE and RMSNorm"),
@@ -115,6 +117,8 @@ def software_of(row: Mapping[str, str]) -> tuple[Software, bool]:
     elif re.search(r"DeepSpeed|InternEvo|PaddleNLP|GPT-NeoX", row["framework"]):
         changes["sequence_parallel"] = False
     changes |= _kernel(row["notes"])
+    if "torchtitan" in row["framework"] and row["compile"].startswith("yes") and row["date"] >= "2025":
+        changes["n_fp32_logits"] = 1  # torchtitan compiles its loss too since January 2025
     notes = f"{row['sharding']}; {row['notes']}"
     if "standard distributed optimizer" in notes:
         changes["overlap_dp"] = False
