@@ -1,6 +1,8 @@
 # Two commands matter: `make demo` and `make test`. Everything they need is set up in .venv on the first call.
 #
 #   PYTHON=python3.12   the interpreter that .venv is made from (3.11 or newer)
+#   ROWS=FILE.csv       other published rows for plan-accuracy, judged with the shipped constants
+#   REFIT=1             plan-accuracy prints the constants fitted on all rows
 #   SITE_TORCH=1        use the torch that the machine provides, not the pinned one (`make clean` first)
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -10,6 +12,8 @@ MAKEFLAGS += --no-print-directory
 
 PYTHON ?= python3
 SITE_TORCH ?=
+ROWS ?=
+REFIT ?=
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := $(BIN)/aifactory-train
@@ -23,12 +27,13 @@ PIP_LINES := sed -u -n -E -e 's/^ *(Downloading|Using cached) ([^ ]+) (\(.*\)).*
 PIP_INSTALL = $(BIN)/pip install --disable-pip-version-check --no-input --progress-bar off -c $(VENV)/constraints.txt
 title = @printf '\n== %s\n' '$(1)'
 
-.PHONY: help demo test check launchers bench-peers clean
+.PHONY: help demo test check launchers bench-peers plan-accuracy clean
 help:
 	@echo 'make demo         from text to a trained, exported, sampled language model (2 CPU ranks, or the GPU)'
 	@echo 'make test         all tests that need no GPU'
 	@echo 'make check        format, types, house rules, fast tests: under a minute'
 	@echo 'make bench-peers  our tokens/s beside those of transformers.Trainer, measured in turns'
+	@echo 'make plan-accuracy  the planner beside published runs (ROWS=FILE.csv: others; minutes of fits without)'
 	@echo 'make launchers    render launchers/*.sbatch anew from configs/machines/'
 	@echo 'make clean        remove .venv, builds and caches; runs/ and prepared/ stay'
 
@@ -65,6 +70,10 @@ bench-peers: $(VENV)/.installed-test
 	@$(RUN) prepare $(YARDSTICK)
 	$(call title,compare: ours and transformers.Trainer in turns)
 	@$(BIN)/python benchmarks/peers/compare.py
+
+# One thread per process: the fits run side by side.
+plan-accuracy: $(VENV)/.installed-test
+	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.plan_accuracy $(if $(ROWS),--rows '$(ROWS)') $(if $(REFIT),--refit)
 
 $(VENV)/bin/python:
 	@command -v $(PYTHON) >/dev/null && $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \

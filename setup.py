@@ -103,7 +103,7 @@ setup(
     ],
     extras_require={
         "wandb": ["wandb"],
-        "test": ["pytest", "ruff", "mypy", "types-PyYAML", "accelerate", "wandb", "setuptools"],
+        "test": ["pytest", "ruff", "mypy", "types-PyYAML", "accelerate", "wandb", "setuptools", "scipy"],
     },
     classifiers=[
         "Programming Language :: Python :: 3 :: Only",

@@ -78,10 +78,13 @@ def _print_tables(scored: list[Scored], by: str) -> None:
     print(f"\npredicted by {by}\n{COLUMN_WORDS}")
     for title, names, key_of in TABLES:
         print(f"\n{title}\n{render_table(table_of(scored, names, key_of), len(names))}")
-    groups = rank_groups(scored)
-    if groups:
+    for words, some in (
+        ("tried", scored),
+        ("that ran", [s for s in scored if s.row.outcome == "ok"]),
+    ):
+        groups = rank_groups(some)
         good = sum(group.near_best for group in groups)
-        print(f"\nfirst choice within 5 % of the best: {good} of {len(groups)} groups of layouts")
+        print(f"\nfirst choice out of all layouts {words}, within 5 % of the best: {good} of {len(groups)} groups")
 
 
 def _print_drift(fitted: Constants) -> None:

@@ -63,7 +63,7 @@ def published_network(text: str, devices_per_node: int) -> tuple[int, float] | N
     text = text.rsplit("Compute:", 1)[-1]
     if match := re.search(r"([\d.]+) ?Gb/s per GPU", text):
         return devices_per_node, float(match[1])
-    cards = [(int(n), float(rate)) for n, rate in re.findall(r"(\d+)x [^,;:]*?(\d{3})\b", text)]
+    cards = [(int(n), float(rate)) for n, rate in re.findall(r"(\d+)x [^,;:]*?(\d{3})(?!\d)", text)]
     if cards:
         return max(cards, key=lambda card: card[0] * card[1])
     if match := re.search(r"([\d.]+) ?Gb/s per node", text):

@@ -24,9 +24,8 @@ class PublishedModel(Model):
         return self
 
 
-def model_of(raw: Mapping[str, str]) -> PublishedModel:
-    """Raises pydantic's ValidationError where the shape cannot be."""
-    n = {key: int(float(raw[key] or 0)) for key in ("layers", "hidden", "heads", "kv_heads", "ffn", "vocab", "seq_len")}
+def model_of(raw: Mapping[str, str], n: Mapping[str, int]) -> PublishedModel:
+    """`n`: the row's numbers by column. Raises pydantic's ValidationError where the shape cannot be."""
     gated = raw["mlp_gated"] != "no"
     return PublishedModel(
         family="llama",
@@ -35,8 +34,8 @@ def model_of(raw: Mapping[str, str]) -> PublishedModel:
         ffn_size=n["ffn"],
         n_layers=n["layers"],
         n_heads=n["heads"],
-        n_kv_heads=n["kv_heads"] or n["heads"],
-        head_size=max(1, round(n["hidden"] / max(1, n["heads"]))),
+        n_kv_heads=n["kv_heads"],
+        head_size=max(1, round(n["hidden"] / n["heads"])),
         max_seq_len_tokens=n["seq_len"],
         rope_theta=10000.0,
         norm_eps=1e-5,

@@ -1,5 +1,7 @@
-"""What is believed of each constant before any published row is seen, and why: the fit starts and ends here where no
-row speaks. A fit without a publication must not know it, so these never change with the fitted values."""
+"""Where each constant stands while no published row speaks of it, and why.
+
+A fit without a publication must not know that publication, so these never follow the fitted values.
+"""
 
 from __future__ import annotations
 
@@ -7,42 +9,41 @@ from aifactory_train.errors import AifactoryError
 from aifactory_train.plan.constants import Constants
 from benchmarks.plan_accuracy.fit import from_values, names_of
 
-_MAMF = "largest matrix products, measured (ml-engineering, MAMF), less the power limit in long runs"
-_FLASH = "FlashAttention 1, 2, 3 papers: their share of the A100's or H100's peak, forward and backward"
-_NCCL = "bus bandwidth of large collectives, nccl-tests on reference nodes"
+_GUESS = "guess"
 
-# Name -> (value, why).
+# Name -> (value, why). MAMF: largest matrix products that ml-engineering measured on these parts, in short runs.
 PRIORS: dict[str, tuple[float, str]] = {
-    "gemm_frac.volta": (0.75, _MAMF),
-    "gemm_frac.ampere": (0.85, _MAMF),
-    "gemm_frac.hopper": (0.75, _MAMF),
-    "gemm_frac.hopper fp8": (0.65, _MAMF),
-    "gemm_frac.blackwell": (0.75, _MAMF),
-    "gemm_frac.blackwell fp8": (0.65, _MAMF),
-    "gemm_frac.cdna2": (0.62, _MAMF),
-    "gemm_frac.cdna3": (0.50, _MAMF),
-    "gemm_frac.cdna3 fp8": (0.40, _MAMF),
-    "gemm_frac.other": (0.60, "between the others"),
-    "gemm_frac.cpu": (1.0, "measured by probe, so nothing is lost"),
-    "gemm_half_size": (60.0, "half of a 128 x 128 tile is lost at the edges of a product"),
-    "attention_frac.unfused": (0.40, "batched products of 64 to 128 columns"),
-    "attention_frac.flash1": (0.35, _FLASH),
-    "attention_frac.flash2": (0.55, _FLASH),
-    "attention_frac.flash3": (0.60, _FLASH),
-    "newer_attention_frac": (0.65, "FlashAttention-2 on H100: 35 to 40 % of the peak, on A100 50 to 70 %"),
-    "memory_frac": (0.75, "stream kernels reach 80 to 90 %, kernels with reductions less"),
-    "kernel_gap_s": (3e-6, "start of a kernel on a full queue"),
-    "node_link_frac": (0.75, _NCCL),
-    "nic_frac": (0.75, _NCCL),
-    "node_latency_s": (10e-6, _NCCL),
-    "nic_latency_s": (25e-6, _NCCL),
-    "tp_overlap_frac": (0.5, "Megatron-Core reports about half of it hidden"),
-    "cp_overlap_frac": (0.7, "ring exchange beside attention"),
-    "dp_overlap_frac": (0.8, "all of the backward pass but its ends"),
-    "contention_frac": (0.15, "collectives take a few of 100 multiprocessors, and memory bandwidth"),
-    "straggler_frac": (0.005, "weak scaling of bucketed data parallelism loses a few percent to 1000 nodes"),
-    "step_host_s": (0.02, "reading the norm, logging, the optimizer's launches"),
-    "power_exponent": (0.5, "dynamic power ~ clock x voltage^2"),
+    "gemm_frac.volta": (0.75, _GUESS),
+    "gemm_frac.ampere": (0.85, "MAMF 0.87"),
+    "gemm_frac.hopper": (0.75, "MAMF 0.80, and the power limit in long runs"),
+    "gemm_frac.hopper fp8": (0.65, "guess, below bf16"),
+    "gemm_frac.blackwell": (0.75, "MAMF 0.73"),
+    "gemm_frac.blackwell fp8": (0.65, "guess, below bf16"),
+    "gemm_frac.cdna2": (0.62, _GUESS),
+    "gemm_frac.cdna3": (0.50, _GUESS),
+    "gemm_frac.cdna3 fp8": (0.40, "guess, below bf16"),
+    "gemm_frac.other": (0.60, "guess, among the others"),
+    "gemm_frac.cpu": (1.0, "probe measures the rate itself"),
+    "gemm_half_size": (60.0, "half of a tile of 128 is lost at each edge of a product"),
+    "attention_frac.unfused": (0.40, _GUESS),
+    "attention_frac.flash1": (0.35, "its paper: 0.25 to 0.40 on A100"),
+    "attention_frac.flash2": (0.55, "its paper: 0.50 to 0.73 on A100"),
+    "attention_frac.flash3": (0.60, "its paper: up to 0.75 on H100"),
+    "newer_attention_frac": (0.65, "FlashAttention-3's paper: version 2 reaches 0.35 on H100"),
+    "memory_frac": (0.75, "guess: plain copies reach 0.8 to 0.9"),
+    "kernel_gap_s": (3e-6, _GUESS),
+    "node_link_frac": (0.75, _GUESS),
+    "nic_frac": (0.75, _GUESS),
+    "node_latency_s": (10e-6, _GUESS),
+    "nic_latency_s": (25e-6, _GUESS),
+    "tp_overlap_frac": (0.5, _GUESS),
+    "cp_overlap_frac": (0.7, _GUESS),
+    "dp_overlap_frac": (0.8, _GUESS),
+    "contention_frac": (0.15, _GUESS),
+    "broadcast_s": (1e-3, _GUESS),
+    "straggler_frac": (0.005, _GUESS),
+    "step_host_s": (0.02, _GUESS),
+    "power_exponent": (0.5, _GUESS),
 }
 
 

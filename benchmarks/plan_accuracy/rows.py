@@ -113,12 +113,19 @@ def row_of(raw: dict[str, str]) -> Row:
     software, known = software_of(raw)
     if not known:
         assumed.append(f"software of {raw['framework'] or 'an unnamed framework'}")
+    counts = {key: _needed(raw, key) for key in ("layers", "hidden", "heads", "ffn", "vocab", "seq_len")}
+    counts["kv_heads"] = _count(raw, "kv_heads") or counts["heads"]
     try:
-        model = model_of(raw)
+        model = model_of(raw, counts)
         layout = layout_of(raw, machine)
     except ValidationError as error:
         fault = error.errors()[0]
         raise Skip(f"model or layout: {fault['msg']}") from None
+    if layout.precision == "fp8" and machine.device.peak_flops_per_s.fp8 is None:
+        raise Skip(f"fp8 on {raw['gpu']}, which has no fp8 peak")
+    # Megatron may count the embedding and the head as a layer each: 126 layers in 128 stages.
+    if layout.pp * layout.stages_per_rank > model.n_layers + 2:
+        raise Skip("more pipeline stages than layers")
     tokens, source = measured_tokens_per_s(raw, model)
     if raw["outcome"] == "ok" and tokens is None and not raw["peak_mem_gb"]:
         raise Skip("ran, but neither speed nor memory is given")

@@ -136,10 +136,15 @@ def rank_groups(scored: Sequence[Scored]) -> list[Group]:
         layouts: dict[tuple[object, ...], list[Scored]] = defaultdict(list)
         for s in members:
             layouts[(s.row.layout.model_dump_json(), s.row.software.sequence_parallel)].append(s)
-        group = _group(" ".join(str(part) for part in setting[:-1]), list(layouts.values()))
+        group = _group(_words(setting, members[0].row), list(layouts.values()))
         if group is not None:
             groups.append(group)
     return groups
+
+
+def _words(setting: tuple[object, ...], row: Row) -> str:
+    norms = "" if row.software.fused_elementwise is None else " fused" if row.software.fused_elementwise else " eager"
+    return f"{' '.join(str(part) for part in setting[:-1])} {row.software.attention}{norms}"
 
 
 def _group(name: str, layouts: list[list[Scored]]) -> Group | None:
