@@ -94,7 +94,8 @@ def test_a_product_is_slower_with_small_sides_and_never_faster_than_its_bytes():
     pace = device_pace(machine(memory_bytes_per_s=1e15 / 150), layout(), OURS, half)
     assert pace.gemm_half_size == pytest.approx(150)
     # A side of 150 halves the rate; the other two are so long that they do not matter.
-    assert gemm_s(150, 1e9, 1e9, 1.0, pace) == pytest.approx(2 * 2 * 150 * 1e9 * 1e9, rel=1e-6)
+    for sides in ((150, 1e9, 1e9), (1e9, 150, 1e9), (1e9, 1e9, 150)):
+        assert gemm_s(*sides, 1.0, pace) == pytest.approx(2 * 2 * 150 * 1e9 * 1e9, rel=1e-6)
     plain = device_pace(machine(), layout(), OURS, PLAIN)
     # 1 x 1000 by 1000 x 1000 reads a million weights of 2 bytes for only 2 MFLOP.
     assert gemm_s(1, 1000, 1000, 0.5e15, plain) == pytest.approx((1000 + 1000 * 1000 + 1000) * 2 / 1e13)
@@ -139,6 +140,7 @@ def test_tensor_parallel_gathers_and_scatters_four_times_a_block_and_gathers_twi
     found = terms(tp=5, at=machine(per_node=8))
     once_s = 4 / 5 * 2000 * 1000 * 2 / rate_of("tp", tp=5)
     assert found["tensor_parallel"] == pytest.approx(8 * 4 * 10 * once_s)
+    assert terms(tp=5, remat="full")["tensor_parallel"] == pytest.approx(8 * 4 * 14 * once_s)
     overlapped = dataclasses.replace(OURS, overlap_tp=True)
     assert terms(tp=5, software=overlapped)["tensor_parallel"] == pytest.approx(8 * 4 * 10 * once_s / 2)
 
@@ -162,7 +164,12 @@ def test_stages_that_do_not_divide_wait_for_the_longest_of_them():
 
 def test_a_pipeline_sends_activations_on_and_gradients_back():
     found = terms(pp=2)["pipeline_transfers"]
-    assert found == pytest.approx(8 * 2 * 2000 * 1000 * 2 / rate_of("pp", pp=2))
+    once_s = 2000 * 1000 * 2 / rate_of("pp", pp=2)
+    assert found == pytest.approx(8 * 2 * once_s)
+    assert terms(pp=2, stages_per_rank=2)["pipeline_transfers"] == pytest.approx(8 * 2 * 2 * once_s)
+    # Each rank of tp sends its part, to a neighbour that is five devices away.
+    beside_tp = terms(pp=2, tp=4)["pipeline_transfers"]
+    assert beside_tp == pytest.approx(8 * 2 * 2000 * 1000 * 2 / 4 / rate_of("pp", pp=2, tp=4))
 
 
 def test_what_data_parallelism_sends_and_no_computation_hides_is_waited_for():
@@ -179,6 +186,27 @@ def test_what_data_parallelism_sends_and_no_computation_hides_is_waited_for():
     each = dataclasses.replace(never, defers_reduction=False)
     found = terms(dp_shard=2, accumulation=4, software=each)["data_parallel"]
     assert found == pytest.approx(4 * (2 * gather_s + reduce_s))
+
+
+def test_replicas_all_reduce_their_shards_and_some_software_broadcasts_its_weights():
+    never = dataclasses.replace(OURS, overlap_dp=False)
+    shape = {"dp_replicate": 2, "dp_shard": 2, "accumulation": 2, "zero_stage": 1}
+    links = axis_links(machine(), layout(**shape), PLAIN)
+    shard_s = WEIGHTS * (2 + 4) / 2 / links["fsdp"].bytes_per_s
+    # Half of the fp32 gradients; a ring of two sends half of them twice.
+    replicas_s = 2 * WEIGHTS * 4 / 2 / 2 / links["dp_replicate"].bytes_per_s
+    assert terms(software=never, **shape)["data_parallel"] == pytest.approx(shard_s + replicas_s)
+    broadcasts = dataclasses.replace(never, gathers_by_broadcast=True)
+    slow = dataclasses.replace(PLAIN, broadcast_s=0.5)
+    found = terms(software=broadcasts, constants=slow, **shape)["data_parallel"]
+    assert found == pytest.approx(shard_s + replicas_s + 2 * 0.5)
+
+
+def test_heads_of_keys_and_values_are_not_split_further_than_there_are():
+    pace = device_pace(machine(), layout(), OURS, PLAIN)
+    # tp 10 leaves one q head and one of 5 kv heads on each rank: 100 + 2 x 100 columns, 100, 800 and 400.
+    columns = 100 + 2 * 100 + 100 + 800 + 400
+    assert block_forward(WORK, layout(tp=10), OURS, pace).gemm_s == pytest.approx(2 * 2000 * 1000 * columns / 0.5e15)
 
 
 def test_overlap_leaves_the_first_block_and_what_computation_is_too_short_for():
@@ -203,6 +231,9 @@ def test_the_optimizer_moves_its_state_in_device_or_host_memory():
     # 7 x 4 bytes at 400 GB/s of the host, 4 + 2 over the link of 10 GB/s.
     found = terms(offload="optimizer")["optimizer"]
     assert found == pytest.approx(WEIGHTS * 28 / 400e9 + WEIGHTS * 6 / 10e9)
+    # Two ranks of a node share its memory, and each has its own link.
+    found = terms(offload="optimizer", dp_shard=2, accumulation=4)["optimizer"]
+    assert found == pytest.approx(WEIGHTS * 28 / 400e9 + WEIGHTS / 2 * 6 / 10e9)
 
 
 def test_fp8_speeds_up_the_blocks_alone_and_pays_for_its_casts():
@@ -225,6 +256,8 @@ def test_context_parallel_hides_behind_the_attention():
     bare = terms(cp=2, constants=free)["context_parallel"]
     # 4 blocks x (2 gathers + 1 reduction) of keys and values of a row, 2 x 500 wide, half of which leaves.
     assert bare == pytest.approx(8 * 4 * 3 * 2000 * 2 * 500 * 2 / 2 / rate_of("cp", cp=2))
+    again = terms(cp=2, constants=free, remat="full")["context_parallel"]
+    assert again == pytest.approx(bare * 4 / 3)
     assert terms(cp=2)["context_parallel"] == pytest.approx(max(bare - 0.5 * terms(cp=2)["attention"], 0.5 * bare))
 
 
