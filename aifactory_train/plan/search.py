@@ -125,7 +125,7 @@ def search(
     wish = recipe.layout.offload
     candidates = found.run("none") if wish != "optimizer" else []
     if not candidates and wish != "none":
-        candidates = found.run("optimizer")
+        candidates = found.run("optimizer") if wish == "optimizer" or not found.on_cpu else []
     candidates.sort(key=lambda c: (c.step_time_s, _complexity(c.layout)))
     return Ranking(candidates, dict(found.dropped), found.least, found.limit_bytes, found.order_only)
 
@@ -213,9 +213,9 @@ class _Search:
                 yield "fsdp2", 3, reshard
         if wish.engine == "fsdp2" or not degrees.is_dp_shard_alone or self.precision == "fp8":
             return
-        if (self.on_cpu and wish.engine == "auto") or self.work.optimizer != "adamw":
-            return
         named = wish.engine == "deepspeed" or offload == "optimizer"
+        if self.work.optimizer != "adamw" or (self.on_cpu and not named and wish.zero_stage == "auto"):
+            return
         for zero_stage in (1, 2, 3) if named else (1, 2):
             if wish.zero_stage in ("auto", zero_stage) and wish.reshard_after_forward in ("auto", zero_stage == 3):
                 yield "deepspeed", zero_stage, zero_stage == 3

@@ -1,0 +1,89 @@
+"""Each layout that the planner proposes starts, or training refuses it with the planner's own sentence."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from aifactory_train.launch.env import local_environment
+from aifactory_train.launch.local import write_run_folder
+from aifactory_train.launch.mpi import mpirun_command
+from aifactory_train.machine.load import load_machine
+from aifactory_train.plan.plan import Plan, load_plan, make_ranked_plan
+from aifactory_train.plan.search import Candidate
+from aifactory_train.plan.support import why_not_trainable
+from aifactory_train.recipe.load import load_recipe
+from aifactory_train.rundir import RunDir, read_jsonl
+from training_runs import aifactory, write_recipe
+
+# The planner proposes other axes on a CPU only where they are asked for.
+WISHES: dict[str, dict[str, object]] = {
+    "auto": {},
+    "remat-full": {"layout__remat": "full", "layout__reshard_after_forward": False, "train__micro_batch_rows": 4},
+    "remat-selective": {"layout__remat": "selective"},
+    "tp": {"layout__tp": 2},
+    "cp": {"layout__cp": 2},
+    "pp": {"layout__pp": 2},
+    "replicas": {"layout__dp_replicate": 2},
+    "zero-1": {"layout__zero_stage": 1},
+    "offload": {"layout__offload": "optimizer"},
+}
+
+
+def proposed(words: dict[str, Path], folder: Path, wish: str, ranks: int) -> tuple[Plan, list[Candidate]]:
+    """A plan of two steps, and every candidate of its search that is cut in another way."""
+    steps = {"train__budget_tokens": 2048, "schedule__warmup_tokens": 0}
+    recipe = load_recipe(write_recipe(folder, **words, **steps, **WISHES[wish]))
+    plan, ranking = make_ranked_plan(recipe, load_machine("local"), cpu_ranks=ranks)
+    return plan, list({c.cut: c for c in reversed(ranking.candidates)}.values())
+
+
+def trained(plan: Plan, folder: Path) -> str | None:
+    """None where training did both steps, else what it said. The ranks are started by the launcher's own command."""
+    run = RunDir(folder)
+    write_run_folder(plan, run)
+    program = [sys.executable, "-m", "aifactory_train", "train", str(folder)]
+    command = mpirun_command(plan.machine, plan.layout.world_size, program)
+    with tempfile.TemporaryDirectory(prefix="aifactory-train-") as mpi_folder:  # a short path: it will hold sockets
+        env = local_environment(plan, mpi_folder)
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
+    if done.returncode == 0:
+        assert [row["step"] for row in read_jsonl(run.metrics)] == [1, 2]
+        return None
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    return done.stderr
+
+
+@pytest.mark.parametrize(
+    ("wish", "ranks"),
+    [("auto", 1), ("auto", 2), ("auto", 4), ("remat-full", 2)],
+)
+def test_a_layout_that_is_called_trainable_trains(words, tmp_path, wish, ranks):
+    plan, candidates = proposed(words, tmp_path, wish, ranks)
+    assert why_not_trainable(plan.layout) is None
+    assert trained(plan, tmp_path / "run") is None
+    assert load_plan(RunDir(tmp_path / "run").plan) == plan
+    others = [c for c in candidates if c.why_not is None and c.layout != plan.layout]
+    for i, candidate in enumerate(others):
+        other = plan.model_copy(update={"layout": candidate.layout})
+        assert trained(other, tmp_path / f"run{i}") is None, candidate.layout
+
+
+@pytest.mark.parametrize("wish", ["remat-selective", "tp", "cp", "pp", "replicas", "zero-1", "offload"])
+def test_a_layout_that_is_not_is_refused_by_launch_with_the_sentence_of_the_plan(words, tmp_path, wish):
+    plan, _ = proposed(words, tmp_path, wish, 2)
+    sentence = why_not_trainable(plan.layout)
+    assert sentence is not None and any(sentence in note for note in plan.notes)
+    launched = aifactory("launch", tmp_path / "recipe.yaml", "--run", tmp_path / "run", "--cpu-ranks", 2)
+    assert launched.returncode == 2 and sentence in launched.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_training_refuses_a_plan_with_such_a_layout_with_the_same_sentence_said_once(words, tmp_path):
+    plan, _ = proposed(words, tmp_path, "pp", 2)
+    said = trained(plan, tmp_path / "run")
+    assert said is not None and said.count(str(why_not_trainable(plan.layout))) == 1, said
