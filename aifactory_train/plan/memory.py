@@ -242,6 +242,7 @@ class _Rank:
             if n_done > self.n_layers - 1:
                 continue
             left = (self.n_layers - n_done) / self.n_layers
+            still = head + (int((self.n_root + left * n_blocks) * reduced) if waiting else 0)
             # At the end of a block: all its gradients and none of its activations.
             spent = max(0, block - working - kept.block)
             yield (
@@ -249,7 +250,7 @@ class _Rank:
                 {
                     "gradients": held or self._shard(n_done * self.n_block) * FP32_BYTES,
                     "gathered_parameters": gathered + ahead if ahead else int(root + left * n_blocks * size),
-                    "unsharded_gradients": (int(waiting * left) or head) + self.n_down * size + spent,
+                    "unsharded_gradients": still + self.n_down * size + spent,
                     "reduce_buffers": self.n_block * reduced if n_done else 0,
                     "activations": max(kept.block, kept.blocks - n_done * kept.block),
                     "recomputed_block": kept.again,
@@ -260,7 +261,7 @@ class _Rank:
             "in the reduction of the last gradients",
             {
                 "gradients": shards,
-                "unsharded_gradients": self.n_root * (reduced if waiting else size),
+                "unsharded_gradients": self.n_root * (size + (reduced if waiting else 0)),
                 "reduce_buffers": self.n_root * reduced,
             },
         )

@@ -119,16 +119,16 @@ def model_flops_per_token(model: Model, seq_len_tokens: int) -> float:
 def recomputed_flops_per_token(model: Model, seq_len_tokens: int, remat: str) -> float:
     """FLOPs of matrix products and attention that remat adds per token. Not part of the model's FLOPs.
 
-    "full" is one more forward of all blocks; "selective" every second matrix product: k, o and up.
+    "full" is one more forward of all blocks but for down: torch's checkpoint stops as soon as the backward pass has
+    what it needs, and nothing needs the output of a block. "selective" is every second matrix product: k, o and up.
     """
     if remat == "none":
         return 0.0
     at = dims(model)
     if remat == "selective":
         return float(model.n_layers * 2 * at.d * (at.kv + at.q + at.f))
-    return float(
-        model.n_layers * (2 * n_block_matrix_parameters(model) + attention_flops_per_token(model, seq_len_tokens))
-    )
+    again = n_block_matrix_parameters(model) - at.d * at.f
+    return float(model.n_layers * (2 * again + attention_flops_per_token(model, seq_len_tokens)))
 
 
 def hardware_flops_per_token(model: Model, seq_len_tokens: int, remat: str) -> float:
