@@ -9,11 +9,11 @@ from pathlib import Path
 from aifactory_train.plan.constants import Constants
 from aifactory_train.plan.contract import Layout
 from aifactory_train.rundir import write_atomic
-from benchmarks.plan_accuracy.fit import names_of, value_of
+from benchmarks.plan_accuracy.fit import names_of, publication, value_of
 from benchmarks.plan_accuracy.plot import draw_scatter
 from benchmarks.plan_accuracy.prior import PRIORS
 from benchmarks.plan_accuracy.rows import Loaded
-from benchmarks.plan_accuracy.scores import Group, Scored, Summary, rank_groups
+from benchmarks.plan_accuracy.scores import Group, Scored, Summary, quantile, rank_groups, tabulate
 from benchmarks.plan_accuracy.tables import COLUMN_WORDS, TABLES, percent, render_markdown, table_of
 
 N_WORST = 20
@@ -39,11 +39,14 @@ def write_page(
 
 def _head(summary: Summary, scored: Sequence[Scored], folds: dict[str, Constants]) -> str:
     n_speed = sum(s.speed_error is not None for s in scored)
+    by_source = Counter(s.row.source for s in scored if s.speed_error is not None)
+    large = sum(n for _, n in by_source.most_common(4)) / max(1, n_speed)
     n_memory = sum(s.memory_error is not None for s in scored)
     n_oom = sum(s.row.outcome == "OOM" for s in scored)
     bars = [
         ["what", "bar", "here", "on"],
         ["tokens/s, median absolute error", "12 %", f"{100 * summary.speed_median:.1f} %", f"{n_speed} rows"],
+        ["the same, median over publications", "", _by_publication(scored), f"{len(folds)} publications"],
         ["tokens/s, 90th percentile", "30 %", f"{100 * summary.speed_p90:.1f} %", f"{n_speed} rows"],
         ["memory, median absolute error", "", f"{100 * summary.memory_median:.1f} %", f"{n_memory} rows"],
         ["ran, but called too large", "2 %", f"{100 * summary.false_unfit:.1f} %", f"{len(scored) - n_oom} rows"],
@@ -62,11 +65,20 @@ they fit.
 **No row is predicted by constants that were fitted on it.** The time model has a few constants (below). For each of
 the {len(folds)} publications they are fitted anew on all the others, and only then its rows are predicted. All rounds
 of MLPerf count as one publication. That is no blind test: the form of the model, and what the table of frameworks says,
-were worked out with these rows in sight. The memory model is arithmetic over shapes; this command fits nothing in it.
+were worked out with these rows in sight. The memory model is arithmetic over shapes and this command fits nothing in
+it, but the share of a device's memory that may be planned was chosen on these outcomes: those figures are not held
+out. The 4 largest sources have {large:.0%} of these speeds; for hardware and software that no other source shares,
+expect the error of a publication rather than that of a row.
 
 ![Predicted over measured tokens/s]({NAME}.svg)
 
 To judge other rows with the shipped constants: `make plan-accuracy ROWS=other.csv` (the same columns)."""
+
+
+def _by_publication(scored: Sequence[Scored]) -> str:
+    """Median over publications of their median absolute error: each counts alike."""
+    lines = [line for line in tabulate(scored, lambda row: (publication(row.source),)) if line.n_speed]
+    return f"{100 * quantile([line.speed_absolute for line in lines], 0.5):.1f} %"
 
 
 def _tables(scored: Sequence[Scored]) -> str:
