@@ -33,7 +33,7 @@ help:
 	@echo 'make test         all tests that need no GPU'
 	@echo 'make check        format, types, house rules, fast tests: under a minute'
 	@echo 'make bench-peers  our tokens/s beside those of transformers.Trainer, measured in turns'
-	@echo 'make plan-accuracy  the planner beside published runs (ROWS=FILE.csv: others; minutes of fits without)'
+	@echo 'make plan-accuracy  the planner beside published runs, with fits (4 minutes); ROWS=FILE.csv: other rows, no fit'
 	@echo 'make launchers    render launchers/*.sbatch anew from configs/machines/'
 	@echo 'make clean        remove .venv, builds and caches; runs/ and prepared/ stay'
 
