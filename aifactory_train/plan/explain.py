@@ -165,7 +165,7 @@ def _layout_rows(plan: Plan) -> list[tuple[str, str]]:
     gathered = "block by block" if layout.reshard_after_forward else "once for forward and backward"
     if layout.engine == "deepspeed":
         gathered = {1: "never split", 2: "never split, gradients are", 3: "block by block"}[layout.zero_stage]
-    batch = f"{layout.dp} replicas x {layout.accumulation} x {layout.micro_batch_rows} rows"
+    batch = f"{layout.dp} replica{'s' * (layout.dp > 1)} x {layout.accumulation} x {layout.micro_batch_rows} rows"
     return [
         ("layout", f"{axes}, {layout.engine}, {layout.precision}{', compiled' if layout.compile else ''}"),
         ("batch", f"{rows} rows of {seq} tokens = {batch}, remat {layout.remat}"),
@@ -185,7 +185,7 @@ def _fit_row(plan: Plan, ranking: Ranking) -> tuple[str, str]:
     return (
         "memory",
         f"fits: {units.format_bytes(peak)} of {units.format_bytes(limit)} per rank, {units.format_bytes(margin)} below "
-        f"the {FIT_FRAC:.0%} that may be planned",
+        f"the {units.format_fraction(FIT_FRAC)} that may be planned",
     )
 
 
@@ -280,7 +280,9 @@ def _ranked(ranking: Ranking) -> str:
     assert chosen is not None
     lines = ["layouts compared"]
     shown = distinct(ranking)[:N_SHOWN]
-    for candidate in [*shown, *([] if chosen in shown else [chosen])]:
+    # With the chosen one and the next after it, however many that cannot be trained are faster.
+    shown += [c for c in (chosen, ranking.runner_up) if c is not None and c not in shown]
+    for candidate in shown:
         mark = "->" if candidate is chosen else "  "
         slower = "" if candidate is chosen else units.format_difference(candidate.step_time_s / chosen.step_time_s - 1)
         memory, why = (

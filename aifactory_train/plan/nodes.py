@@ -34,8 +34,8 @@ class Limits:
 class NodeRow:
     """One number of nodes with the layout that a plan would take there.
 
-    efficiency_frac: tokens/s per node over the best of the table, of the rows that this version can train where there
-        are such, so that others can be above 1. run_time_s: of all steps.
+    efficiency_frac: tokens/s per node over the best of the comparable rows, so that others can be above 1.
+    run_time_s: of all steps.
     """
 
     n_nodes: int
@@ -160,7 +160,7 @@ def build_node_table(recipe: Recipe, machine: Machine, most_nodes: int, least_no
     if not found:
         raise nothing_left(recipe, machine, counts[-1], 1, search(recipe, machine, counts[-1]))
     rows = _with_efficiency([row for row, _ in found])
-    trained = trainable(rows)
+    trained = comparable(rows)
     recommended = max(row.n_nodes for row in trained if row.efficiency_frac >= EFFICIENT_FRAC)
     why = f"the most with {EFFICIENT_FRAC:.0%} or more of the best tokens/s per node"
     if len(trained) < len(rows) and trained[0].chosen.why_not is None:
@@ -168,13 +168,14 @@ def build_node_table(recipe: Recipe, machine: Machine, most_nodes: int, least_no
     return NodeTable(rows, recommended, why, any(order_only for _, order_only in found))
 
 
-def trainable(rows: list[NodeRow]) -> list[NodeRow]:
-    """The rows that this version can train on; all where there are none."""
-    return [row for row in rows if row.chosen.why_not is None] or rows
+def comparable(rows: list[NodeRow]) -> list[NodeRow]:
+    """The rows that this version can train on, else those without offload, which is a last resort, else all."""
+    trained = [row for row in rows if row.chosen.why_not is None]
+    return trained or [row for row in rows if row.chosen.layout.offload == "none"] or rows
 
 
 def _with_efficiency(rows: list[NodeRow]) -> list[NodeRow]:
-    best = max(row.tokens_per_s / row.n_nodes for row in trainable(rows))
+    best = max(row.tokens_per_s / row.n_nodes for row in comparable(rows))
     return [replace(row, efficiency_frac=row.tokens_per_s / row.n_nodes / best) for row in rows]
 
 
@@ -198,7 +199,7 @@ def nodes_for_deadline(recipe: Recipe, machine: Machine, table: NodeTable, deadl
         PlanError: no number of nodes is fast enough, or no time can be predicted.
     """
     _check_has_times(machine, table, "--deadline")
-    rows = trainable(table.rows)
+    rows = comparable(table.rows)
     upper = next((row for row in rows if row.run_time_s <= deadline_s), None)
     if upper is None:
         fastest = min(rows, key=lambda row: row.run_time_s)
@@ -235,7 +236,7 @@ def nodes_for_budget(machine: Machine, table: NodeTable, device_hours: float) ->
         PlanError: no time can be predicted.
     """
     _check_has_times(machine, table, "--gpu-hours")
-    rows = trainable(table.rows)
+    rows = comparable(table.rows)
     most = max(tokens_bought(row, device_hours) for row in rows)
     best = max(row.n_nodes for row in rows if tokens_bought(row, device_hours) >= BUDGET_FRAC * most)
     why = f"the most that buy {BUDGET_FRAC:.0%} or more of the tokens that this budget can buy"

@@ -16,6 +16,7 @@ from aifactory_train.machine.machine import Machine
 from aifactory_train.plan.calibrate import correct_step_time
 from aifactory_train.plan.contract import Layout, Part, Prediction, Shape
 from aifactory_train.plan.layout import describe, n_devices
+from aifactory_train.plan.network import axis_links
 from aifactory_train.plan.rates import device_rates
 from aifactory_train.plan.refuse import check_wishes, nothing_left
 from aifactory_train.plan.search import Candidate, Ranking, search
@@ -159,6 +160,8 @@ def _notes(recipe: Recipe, machine: Machine, ranking: Ranking, predicted: Predic
     unknown = [name for name, seconds in predicted.step_time_s.items() if seconds is None]
     rates = device_rates(machine, layout.precision)
     notes += rates.assumed
+    links = axis_links(machine, layout).values()
+    notes += dict.fromkeys(said for link in links if link.degree > 1 for said in link.assumed)
     if predicted.total_step_time_s is None:
         notes.append("the matmul rate is unknown, so no time is predicted; measure with: aifactory-train probe")
     elif unknown:

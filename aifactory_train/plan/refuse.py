@@ -10,9 +10,9 @@ from aifactory_train.machine.machine import Machine
 from aifactory_train.plan.layout import Degrees, cp_fault, describe, divisors, pp_fault, ranks_per_node, tp_fault
 from aifactory_train.plan.memory import FIT_FRAC
 from aifactory_train.plan.rates import device_rates
-from aifactory_train.plan.search import Ranking, choose_precision, search
+from aifactory_train.plan.search import HOST_IS_SHORT, Ranking, choose_precision, search
 from aifactory_train.recipe.schema import Recipe
-from aifactory_train.units import format_bytes
+from aifactory_train.units import format_bytes, format_fraction
 
 MOST_NODES_TO_TRY = 16_384
 
@@ -174,6 +174,13 @@ def nothing_left(recipe: Recipe, machine: Machine, n_nodes: int, cpu_ranks: int,
     """The error for a search without a candidate."""
     world_size = ranks_per_node(machine, cpu_ranks) * n_nodes
     where = f"recipe {recipe.name} on machine {machine.name} with {world_size} ranks"
+    if HOST_IS_SHORT in ranking.dropped and ranking.least is None:
+        return PlanError(
+            f"{ranking.dropped[HOST_IS_SHORT]} layout(s) fit on the devices, and not into the "
+            f"{format_bytes(machine.host.memory_bytes)} of the host beside its copy of each checkpoint",
+            where=where,
+            do="--set checkpoint.asynchronous=false, or " + _fewest_nodes(recipe, machine, n_nodes, cpu_ranks),
+        )
     if ranking.least is None or ranking.limit_bytes is None:
         given = [f"layout.{k} {v}" for k, v in recipe.layout.model_dump().items() if v != "auto"]
         return PlanError(
@@ -187,8 +194,8 @@ def nothing_left(recipe: Recipe, machine: Machine, n_nodes: int, cpu_ranks: int,
     named = ", ".join(f"{k} {format_bytes(v)}" for k, v in terms if v)
     return PlanError(
         f"{ranking.dropped['does not fit']} layout(s) do not fit; the closest ({describe(layout)}) needs "
-        f"{format_bytes(memory.peak_bytes)} per rank; {FIT_FRAC:.0%} of its {format_bytes(ranking.limit_bytes)} may be "
-        f"planned: {named}",
+        f"{format_bytes(memory.peak_bytes)} per rank; {format_fraction(FIT_FRAC)} of its "
+        f"{format_bytes(ranking.limit_bytes)} may be planned: {named}",
         where=where,
         do=_fewest_nodes(recipe, machine, n_nodes, cpu_ranks),
     )

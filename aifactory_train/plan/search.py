@@ -30,6 +30,7 @@ SAFE_MICRO_BATCH_TOKENS = 2048
 FILLING_MICRO_BATCH_TOKENS = 8192
 # Layouts this close together are the same to the model of time: the simpler one is taken.
 ALIKE_FRAC = 0.005
+HOST_IS_SHORT = "does not fit into the memory of the host"
 # Stand in for rates that nobody knows, to rank by: (matmul FLOP/s, memory bytes/s) of common parts.
 _ORDER_ONLY = {"cpu": (1e12, 1e11), "cuda": (3e14, 2e12), "rocm": (3e14, 2e12)}
 
@@ -235,6 +236,9 @@ class _Search:
             if self.least is None or smallest[1].peak_bytes < self.least[1].peak_bytes:
                 self.least = smallest
             return
+        if self._host_is_short(smallest[1]):
+            self.dropped[HOST_IS_SHORT] += 1
+            return
         n_sizes = 3 if base["pp"] > 1 else 2  # a pipeline may gain by more and smaller micro-batches
         for remat in remats:
             fitting = list(itertools.islice(self._largest_first(base | {"remat": remat}, micros), n_sizes))
@@ -277,6 +281,11 @@ class _Search:
     def _fits(self, sized: tuple[Layout, Memory]) -> bool:
         assert self.limit_bytes is not None
         return sized[1].peak_bytes <= FIT_FRAC * self.limit_bytes
+
+    def _host_is_short(self, memory: Memory) -> bool:
+        """On a CPU the ranks themselves are all that is there, and their share has been looked at."""
+        there = self.machine.host.memory_bytes
+        return there is not None and not self.on_cpu and sum(memory.host_bytes.values()) > FIT_FRAC * there
 
     def _timed(self, layout: Layout, memory: Memory) -> Candidate:
         terms_s = estimate_step_time_s(self.work, self.rated, layout)
