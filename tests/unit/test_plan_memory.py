@@ -1,0 +1,213 @@
+import dataclasses
+
+import pytest
+
+from aifactory_train.plan import memory, shape
+from aifactory_train.plan.contract import Layout
+from aifactory_train.plan.memory import estimate_memory, micro_batches_in_flight
+from aifactory_train.plan.work import OURS, Work
+from aifactory_train.recipe.schema import Model
+
+MODEL = Model(
+    family="llama",
+    vocab_size=1024,
+    hidden_size=64,
+    ffn_size=128,
+    n_layers=8,
+    n_heads=4,
+    n_kv_heads=2,
+    head_size=16,
+    max_seq_len_tokens=4096,
+    rope_theta=1e4,
+    norm_eps=1e-5,
+    tied_embeddings=False,
+)
+N_BLOCK = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128 + 2 * 64
+N_TABLE = 1024 * 64
+N = 8 * N_BLOCK + 2 * N_TABLE + 64
+WORK = Work(MODEL, seq_len_tokens=256, global_batch_rows=64)
+MEGATRON = dataclasses.replace(OURS, loss_chunk_tokens=None, n_fp32_logits=1, fused_elementwise=True)
+
+
+def layout(**changes):
+    given = {
+        "engine": "fsdp2", "world_size": 8, "dp_shard": 8, "micro_batch_rows": 1, "accumulation": 1,
+        "reshard_after_forward": True, "remat": "none", "precision": "bf16", "threads_per_rank": 1,
+    }  # fmt: skip
+    return Layout(**(given | changes))
+
+
+def zero(**changes):
+    return layout(**({"engine": "deepspeed", "zero_stage": 1} | changes))
+
+
+def terms(how, work=WORK, kind="cuda", software=OURS):
+    return estimate_memory(work, kind, how, software).terms_bytes
+
+
+def moment(name, how, work=WORK, kind="cuda", software=OURS, stage=0):
+    return dict(memory._Rank(work, kind, how, software, stage).moments())[name]
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        layout(),
+        layout(remat="full", accumulation=4),
+        zero(),
+        zero(zero_stage=3),
+        zero(pp=4, dp_shard=2, accumulation=8),
+    ],
+)
+def test_the_terms_add_up_to_the_peak_and_none_is_empty_or_negative(how):
+    found = estimate_memory(WORK, "cuda", how)
+    assert sum(found.terms_bytes.values()) == found.peak_bytes
+    assert all(n_bytes > 0 for n_bytes in found.terms_bytes.values())
+
+
+def test_1f1b_keeps_as_many_micro_batches_as_stages_are_still_to_come():
+    how = layout(pp=4, dp_shard=2, accumulation=8)
+    assert [micro_batches_in_flight(how, stage) for stage in range(4)] == [4, 3, 2, 1]
+    few = layout(pp=4, dp_shard=2, accumulation=2)
+    assert [micro_batches_in_flight(few, stage) for stage in range(4)] == [2, 2, 2, 1]
+
+
+def test_interleaving_keeps_more_on_the_first_stage():
+    how = layout(pp=4, dp_shard=2, accumulation=8, stages_per_rank=2)
+    # Korthikanti et al., section 4.2.3: p (1 + (p - 1) / (p v)) = 4 (1 + 3 / 8) micro-batches of the rank's layers.
+    assert micro_batches_in_flight(how, 0) == 4 * (1 + 3 / 8)
+    assert micro_batches_in_flight(how, 3) == 5 / 2
+
+
+def test_fsdp_shards_fp32_weights_gradients_and_two_moments():
+    how = layout()
+    step = moment("in the optimizer step", how)
+    assert step["parameters"] == step["gradients"] == 4 * N / 8
+    assert step["optimizer_state"] == 8 * N / 8
+
+
+def test_context_parallel_ranks_share_the_weights_and_the_tokens():
+    alone, shared = (terms(layout(dp_shard=4, world_size=4 * cp, cp=cp, remat="full")) for cp in (1, 2))
+    assert shared["parameters"] == alone["parameters"] / 2
+    in_loss = [moment("in the loss", layout(dp_shard=4, world_size=4 * cp, cp=cp)) for cp in (1, 2)]
+    assert in_loss[1]["activations"] == in_loss[0]["activations"] / 2
+
+
+def test_muon_keeps_one_moment_for_the_matrices():
+    muon = terms(layout(), dataclasses.replace(WORK, optimizer="muon"))
+    matrices = 8 * (N_BLOCK - 2 * 64)
+    assert muon["optimizer_state"] == (8 * N - 4 * matrices) / 8
+
+
+def test_zero_splits_the_optimizer_then_gradients_then_parameters():
+    one, two, three = (terms(zero(zero_stage=stage)) for stage in (1, 2, 3))
+    # bf16 weights; an fp32 copy and two moments of each; gradients added up in fp32.
+    assert one["parameters"] == two["parameters"] == 2 * N and three["parameters"] == 2 * N / 8
+    assert one["gradients"] == 4 * N and two["gradients"] == three["gradients"] == 4 * N / 8
+    assert one["optimizer_state"] == two["optimizer_state"] == three["optimizer_state"] == 12 * N / 8
+
+
+def test_tp_divides_the_weights_of_a_stage_but_for_the_norms_and_keeps_a_kv_head():
+    held = terms(zero(tp=4, dp_shard=2))["parameters"]
+    block = 2 * 64 * 16 + 2 * 64 * 16 + 3 * 64 * 32 + 2 * 64  # one of two k/v heads of 16
+    assert held == 2 * (8 * block + 2 * N_TABLE // 4 + 64)
+
+
+def test_pp_gives_each_stage_its_layers_and_the_ends_their_tables():
+    how = zero(pp=4, dp_shard=2, accumulation=8)
+    first, inner, last = (moment("in the loss", how, stage=stage)["parameters"] for stage in (0, 1, 3))
+    assert inner == 2 * 2 * N_BLOCK
+    assert first == inner + 2 * N_TABLE and last == inner + 2 * (N_TABLE + 64)
+    tied = dataclasses.replace(WORK, model=MODEL.model_copy(update={"tied_embeddings": True}))
+    assert moment("in the loss", how, tied, stage=3)["parameters"] == last
+
+
+def test_activations_of_a_stage_are_layers_times_micro_batches_in_flight():
+    how = zero(pp=4, dp_shard=2, accumulation=8)
+    per_token = shape.block_activation_bytes_per_token(MODEL, 256, shape.Kept("bf16", "cuda", False))
+    for stage, in_flight in ((0, 4), (1, 3), (3, 1)):
+        kept = moment("in the backward pass of the last block", how, stage=stage)["activations"]
+        assert kept == 256 * 2 * in_flight * per_token
+
+
+def test_the_peak_names_the_worst_stage_and_the_moment():
+    long_rows = dataclasses.replace(WORK, seq_len_tokens=4096)
+    found = estimate_memory(long_rows, "cuda", zero(pp=4, dp_shard=2, accumulation=8))
+    assert found.peak_at == "stage 0 of 4, in the backward pass of the last block"
+    large = MODEL.model_copy(update={"vocab_size": 100_000})
+    found = estimate_memory(
+        dataclasses.replace(long_rows, model=large), "cuda", zero(pp=4, dp_shard=2, accumulation=8), MEGATRON
+    )
+    assert found.peak_at == "stage 3 of 4, in the loss"
+
+
+def test_full_remat_keeps_an_input_per_block_and_makes_one_block_again():
+    how = moment("in the backward pass of the last block", layout(remat="full"))
+    assert how["activations"] == 256 * 8 * 2 * 64
+    whole = shape.block_activation_bytes_per_token(MODEL, 256, shape.Kept("bf16", "cuda", False))
+    assert how["recomputed_block"] == 256 * (whole - 2 * 64)
+
+
+def test_parameters_are_gathered_a_block_ahead_or_all_of_them():
+    resharded, kept = (moment("in the loss", layout(reshard_after_forward=r)) for r in (True, False))
+    root = 2 * (2 * N_TABLE + 64)
+    assert resharded["gathered_parameters"] == root + 2 * N_BLOCK
+    assert kept["gathered_parameters"] == 2 * N + 2 * N_BLOCK
+
+
+def test_accumulation_holds_the_gradients_of_the_whole_model_where_they_are_reduced_once():
+    how = layout(accumulation=2)
+    assert moment("in the loss", how)["unsharded_gradients"] == 4 * N
+    each = moment("in the loss", how, software=dataclasses.replace(OURS, defers_reduction=False))
+    assert each["unsharded_gradients"] == 0 and each["gradients"] == 4 * N / 8
+
+
+def test_the_gradients_of_the_root_are_reduced_from_a_copy_in_fp32():
+    last = moment("in the reduction of the last gradients", layout())
+    n_root = 2 * N_TABLE + 64
+    assert last["reduce_buffers"] == 4 * n_root and last["unsharded_gradients"] == 2 * n_root
+
+
+def test_logits_of_all_tokens_are_split_over_tp_or_gathered():
+    how = zero(tp=4, dp_shard=2)
+    assert moment("in the loss", how, software=MEGATRON)["logits_and_loss"] == 256 * 256 * (2 + 4)
+    gathered = dataclasses.replace(MEGATRON, vocab_parallel_loss=False)
+    assert moment("in the loss", how, software=gathered)["logits_and_loss"] == 256 * 1024 * (2 + 4 + 2 * 2)
+
+
+def test_bf16_gradients_are_copied_to_fp32_for_the_step():
+    software = dataclasses.replace(MEGATRON, fp32_gradients=False)
+    step = moment("in the optimizer step", zero(), software=software)
+    assert step["gradients"] == 2 * N and step["optimizer_step"] == 8 * N / 8
+    # Where ZeRO lays them out in long tensors, they stand beside the activations.
+    flat = dataclasses.replace(software, flat_step=True)
+    assert moment("in the loss", zero(), software=flat)["optimizer_step"] == 8 * N / 8
+    assert "optimizer_step" not in moment("in the loss", zero(), software=software)
+
+
+def test_offload_moves_the_optimizer_to_the_host():
+    kept, moved = (estimate_memory(WORK, "cuda", zero(offload=where, n_nodes=2)) for where in ("none", "optimizer"))
+    assert "optimizer_state" not in moved.terms_bytes
+    # Per node 4 ranks: copy and moments, and gradients in fp32.
+    assert moved.host_bytes["offloaded_optimizer"] == 4 * (12 + 6) * N / 8
+    assert kept.host_bytes["offloaded_optimizer"] == 0
+
+
+def test_an_asynchronous_save_stages_the_states_of_all_ranks_of_a_node_in_host_memory():
+    saved = dataclasses.replace(WORK, asynchronous_save=True)
+    assert estimate_memory(saved, "cuda", layout(n_nodes=2)).host_bytes["staging"] == 4 * 12 * N / 8
+    assert estimate_memory(WORK, "cuda", layout(n_nodes=2)).host_bytes["staging"] == 0
+
+
+def test_on_a_cpu_the_copy_for_a_save_is_the_ranks_own_and_the_host_holds_the_ranks():
+    saved = dataclasses.replace(WORK, asynchronous_save=True)
+    found = estimate_memory(saved, "cpu", layout(n_nodes=2))
+    assert found.terms_bytes["checkpoint_copy"] == 12 * N / 8
+    assert found.host_bytes == {"ranks": 4 * found.peak_bytes}
+
+
+def test_a_communicator_per_axis_and_one_for_all_ranks():
+    one = memory.COMMUNICATOR_BYTES["cuda"]
+    assert "communicators" not in terms(layout(world_size=1, dp_shard=1))
+    assert terms(layout())["communicators"] == 2 * one
+    assert terms(zero(pp=2, tp=2, dp_shard=2, accumulation=4))["communicators"] == 4 * one
