@@ -42,7 +42,8 @@ class Dims(NamedTuple):
 
 def n_mlp_matrices(model: Model) -> int:
     """3: gate, up, down, as in all our families; 2: a plain MLP, which models of published results may have."""
-    return getattr(model, "n_mlp_matrices", 3)
+    # Not getattr: pydantic takes 3 microseconds to say that a name is missing, and a search asks often.
+    return int(model.__dict__.get("n_mlp_matrices", 3))
 
 
 def dims(model: Model, tp: int = 1) -> Dims:
