@@ -32,7 +32,7 @@ RUNTIME_BYTES = {"cpu": 400 * _MIB, "cuda": 1024 * _MIB, "rocm": 1024 * _MIB}
 COMMUNICATOR_BYTES = {"cpu": 32 * _MIB, "cuda": 256 * _MIB, "rocm": 256 * _MIB}
 # Of what comes and goes within a step, this share is lost to blocks of the allocator that fit nothing else.
 FRAGMENTATION_FRAC = {"cpu": 0.0, "cuda": 0.05, "rocm": 0.05}
-# DeepSpeed's stages 2 and 3 gather gradients in a bucket of so many elements before they are reduced.
+# DeepSpeed collects gradients in a bucket of so many elements before they are reduced (its reduce_bucket_size).
 DEEPSPEED_BUCKET = 500_000_000
 # Of one rank in host memory: Python, torch, the driver's mappings and pinned buffers of NCCL.
 HOST_RUNTIME_BYTES = 3 * 1024 * _MIB
