@@ -39,7 +39,7 @@ def test_the_short_page_has_layout_fit_speed_cost_and_the_runner_up_with_its_rea
     assert [n for n in names if n in ("layout", "memory", "speed", "cost", "runner-up")]
     second = next(line for line in lines if line.startswith("  runner-up"))
     slower = ranking.runner_up.step_time_s / ranking.chosen.step_time_s - 1
-    assert f"{slower * 100:.1f} % slower" in second
+    assert f": {slower * 100:.1f} % slower" in second
     fits = next(line for line in lines if line.startswith("  memory"))
     assert "fits: " in fits and " of 64.0 GiB per rank" in fits
 
