@@ -45,6 +45,7 @@ class Constants:
     cp_overlap_frac: of context-parallel communication, hidden behind the attention.
     dp_overlap_frac: of the computation, behind which gathers and reductions of data parallelism can hide.
     contention_frac: of hidden communication, paid for by slower computation beside it.
+    pipeline_host_s: per micro-batch and stage, the wait for the host where it interprets the pipeline's schedule.
     broadcast_s: per rank that returns its share of the weights by a broadcast of its own, where the software does so.
     straggler_frac: of the step, by which it grows with each doubling of the number of nodes.
     step_host_s: per step, what no kernel hides: reading the norm, logging, the optimizer's many small launches.
@@ -65,6 +66,7 @@ class Constants:
     cp_overlap_frac: float = 0.7
     dp_overlap_frac: float = 0.8
     contention_frac: float = 0.15
+    pipeline_host_s: float = 20e-3
     broadcast_s: float = 1e-3
     straggler_frac: float = 0.005
     step_host_s: float = 0.02

@@ -62,7 +62,7 @@ def estimate_step_time_s(
     n_micro = layout.accumulation
     tp_s = _tensor_parallel_s(work, layout, software, links["tp"], constants)
     cp_s = _context_parallel_s(work, layout, links["cp"], compute, constants)
-    transfer_s = _pipeline_transfer_s(work, layout, links["pp"])
+    transfer_s = _pipeline_transfer_s(work, layout, software, links["pp"], constants)
     micro_s = compute.total_s + tp_s + cp_s + transfer_s
     fill = (layout.pp - 1) / layout.stages_per_rank * compute.mean_over_slowest
     data_parallel_s = _data_parallel_s(work, layout, software, links, micro_s, compute, constants)
@@ -179,12 +179,13 @@ def _context_parallel_s(work: Work, layout: Layout, link: AxisLink, compute: _Co
     return max(seconds - constants.cp_overlap_frac * compute.attention_s, (1 - constants.cp_overlap_frac) * seconds)
 
 
-def _pipeline_transfer_s(work: Work, layout: Layout, link: AxisLink) -> float:
+def _pipeline_transfer_s(work: Work, layout: Layout, software: Software, link: AxisLink, constants: Constants) -> float:
     """Per micro-batch of one stage: its output goes on, its input's gradient back, for each of its parts."""
     if layout.pp == 1:
         return 0.0
     n_bytes = _tokens(work, layout) * work.model.hidden_size * shape.BYTES[layout.precision] / layout.tp
-    return 2 * layout.stages_per_rank * collective_s("send", n_bytes, link)
+    host_s = constants.pipeline_host_s if software.host_driven_pipeline else 0.0
+    return layout.stages_per_rank * (2 * collective_s("send", n_bytes, link) + host_s)
 
 
 def _data_parallel_s(

@@ -24,12 +24,12 @@ FRAMEWORKS: tuple[tuple[str, Software, str], ...] = (
     ),
     (
         r"Megatron-DeepSpeed \(BigScience-style fork, ROCm\)",
-        dataclasses.replace(_HAND_FUSED, attention="unfused", overlap_dp=False),
+        dataclasses.replace(_HAND_FUSED, attention="unfused", overlap_dp=False, host_driven_pipeline=True),
         "the same code on ROCm, with BF16_Optimizer, which adds gradients up in fp32",
     ),
     (
         r"Megatron-DeepSpeed",
-        dataclasses.replace(_HAND_FUSED, overlap_dp=False),
+        dataclasses.replace(_HAND_FUSED, overlap_dp=False, host_driven_pipeline=True),
         "2023 and later: --use-flash-attn",
     ),
     (
