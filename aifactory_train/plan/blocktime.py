@@ -16,8 +16,11 @@ from aifactory_train.plan.constants import Constants
 from aifactory_train.plan.contract import Layout
 from aifactory_train.plan.work import Software, Work
 
-# Intensity (FLOP per byte of memory traffic at the peaks) for which Constants.gemm_half_size holds: that of an A100.
-REFERENCE_FLOPS_PER_BYTE = 150.0
+# Of the stock parts, by their data sheets; each works on one tile of a product's result at a time.
+MULTIPROCESSORS = {"volta": 80, "ampere": 108, "hopper": 132, "blackwell": 148, "cdna2": 110, "cdna3": 304, "cpu": 0}
+TILE_ELEMENTS = 256 * 128
+# Tensor cores want sides that are multiples of 8; batched products over other heads are slower by about this.
+UNALIGNED_HEAD_FACTOR = 4.0
 # What the vendor allows the stock part of each architecture to draw, by its data sheet; a GCD draws half of a package.
 STOCK_POWER_W = {"volta": 300, "ampere": 400, "hopper": 700, "blackwell": 1000, "cdna2": 280, "cdna3": 750}
 _ARCHITECTURES = (
@@ -52,15 +55,18 @@ class Pace:
     head_flops_per_s: float
     attention_flops_per_s: float
     memory_bytes_per_s: float
-    gemm_half_size: float
+    wave_elements: float
+    gemm_half_depth: float
     kernel_gap_s: float
 
 
 @dataclass(frozen=True)
 class Forward:
-    """Seconds of one forward, by what bounds them."""
+    """Seconds of one forward, by what bounds them; of its last product; of the products of its backward pass."""
 
     gemm_s: float
+    backward_gemm_s: float
+    last_gemm_s: float
     attention_s: float = 0.0
     elementwise_s: float = 0.0
     gaps_s: float = 0.0
@@ -86,13 +92,13 @@ def device_pace(machine: Machine, layout: Layout, software: Software, constants:
     attention_frac = constants.attention_frac[software.attention]
     if software.attention in ("flash1", "flash2") and architecture not in ("volta", "ampere", "cpu"):
         attention_frac *= constants.newer_attention_frac
-    intensity = base.peak_flops_per_s / base.memory_bytes_per_s
     return Pace(
         gemm_flops_per_s=gemm_rate,
         head_flops_per_s=head_rate,
         attention_flops_per_s=share * base.peak_flops_per_s * attention_frac * power,
         memory_bytes_per_s=share * base.memory_bytes_per_s * constants.memory_frac,
-        gemm_half_size=constants.gemm_half_size * intensity / REFERENCE_FLOPS_PER_BYTE,
+        wave_elements=constants.wave_frac * TILE_ELEMENTS * MULTIPROCESSORS.get(architecture, 100),
+        gemm_half_depth=constants.gemm_half_depth,
         kernel_gap_s=constants.kernel_gap_s,
     )
 
@@ -112,10 +118,19 @@ def _power_factor(machine: Machine, architecture: str, constants: Constants) -> 
 
 
 def gemm_s(m: float, n: float, k: float, flops_per_s: float, pace: Pace, n_bytes: int = 2) -> float:
-    """Seconds of one product [m, k] x [k, n]: the slower of its FLOPs and of its bytes."""
-    half = pace.gemm_half_size
-    flops_s = 2 * m * n * k / flops_per_s * (1 + half / m) * (1 + half / n) * (1 + half / k)
+    """Seconds of one product [m, k] x [k, n]: the slower of its FLOPs and of its bytes.
+
+    The multiprocessors take the tiles of the result in waves, the last of which is not full; a short k leaves little
+    between the start and the end of a tile.
+    """
+    lost = (1 + pace.wave_elements / (m * n)) * (1 + pace.gemm_half_depth / k)
+    flops_s = 2 * m * n * k / flops_per_s * lost
     return max(flops_s, n_bytes * (m * k + k * n + m * n) / pace.memory_bytes_per_s)
+
+
+def backward_gemm_s(m: float, n: float, k: float, flops_per_s: float, pace: Pace, n_bytes: int = 2) -> float:
+    """Seconds of the gradients of a product: [m, n] x [n, k] of its input, [k, m] x [m, n] of its weight."""
+    return gemm_s(m, k, n, flops_per_s, pace, n_bytes) + gemm_s(k, n, m, flops_per_s, pace, n_bytes)
 
 
 def block_forward(work: Work, layout: Layout, software: Software, pace: Pace) -> Forward:
@@ -139,9 +154,14 @@ def block_forward(work: Work, layout: Layout, software: Software, pace: Pace) ->
     if not software.flash_attention:
         scores = tokens * work.seq_len_tokens * model.n_heads / tp
         # Written, read and written by the softmax, read; one by one also mask and scale.
+        if model.head_size % 8:
+            attention_s *= UNALIGNED_HEAD_FACTOR
         attention_s += scores * size * (4 if fused else 8) / pace.memory_bytes_per_s
+    rate = pace.gemm_flops_per_s
     return Forward(
-        gemm_s=sum(gemm_s(m, n, k, pace.gemm_flops_per_s, pace, size) for m, n, k in products),
+        gemm_s=sum(gemm_s(m, n, k, rate, pace, size) for m, n, k in products),
+        backward_gemm_s=sum(backward_gemm_s(m, n, k, rate, pace, size) for m, n, k in products),
+        last_gemm_s=gemm_s(*products[-1], rate, pace, size),
         attention_s=attention_s,
         elementwise_s=moved_bytes / pace.memory_bytes_per_s,
         gaps_s=(KERNELS_FUSED if fused else KERNELS_EAGER) * pace.kernel_gap_s,
@@ -177,8 +197,11 @@ def head_forward(work: Work, layout: Layout, software: Software, pace: Pace) -> 
     n_logits = tokens * (vocab if software.vocab_parallel_loss else model.vocab_size)
     logit_bytes = 2 * size if software.n_fp32_logits == 0 else size + 4 * shape.BYTES["fp32"]
     chunks = 1 if software.loss_chunk_tokens is None else max(1.0, tokens / software.loss_chunk_tokens)
+    product = tokens, vocab, model.hidden_size, pace.head_flops_per_s, pace, size
     return Forward(
-        gemm_s=gemm_s(tokens, vocab, model.hidden_size, pace.head_flops_per_s, pace, size),
+        gemm_s=gemm_s(*product),
+        backward_gemm_s=backward_gemm_s(*product),
+        last_gemm_s=gemm_s(*product),
         elementwise_s=n_logits * logit_bytes / pace.memory_bytes_per_s,
         gaps_s=KERNELS_EAGER * chunks * pace.kernel_gap_s,
     )

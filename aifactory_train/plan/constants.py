@@ -11,22 +11,22 @@ from dataclasses import dataclass, field
 
 def _gemm_frac() -> dict[str, float]:
     return {
-        "volta": 0.75,
-        "ampere": 0.85,
-        "hopper": 0.75,
-        "hopper fp8": 0.65,
-        "blackwell": 0.75,
-        "blackwell fp8": 0.65,
-        "cdna2": 0.62,
-        "cdna3": 0.50,
-        "cdna3 fp8": 0.40,
-        "other": 0.60,
+        "volta": 0.795,
+        "ampere": 0.701,
+        "hopper": 0.719,
+        "hopper fp8": 0.718,
+        "blackwell": 0.683,
+        "blackwell fp8": 0.662,
+        "cdna2": 0.47,
+        "cdna3": 0.402,
+        "cdna3 fp8": 0.212,
+        "other": 0.309,
         "cpu": 1.0,
     }
 
 
 def _attention_frac() -> dict[str, float]:
-    return {"unfused": 0.40, "flash1": 0.35, "flash2": 0.55, "flash3": 0.60}
+    return {"unfused": 0.348, "flash1": 0.358, "flash2": 0.417, "flash3": 0.559}
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class Constants:
     """Shares of a peak are between 0 and 1.
 
     gemm_frac: of the peak, by a large matrix product that runs again and again within the power limit.
-    gemm_half_size: a matrix side of so many elements, on a device of 150 FLOP per byte, halves that rate (tiles that
-        are not full, start of the pipelines); it grows with the device's FLOP per byte.
+    wave_frac: of a wave of tiles over all multiprocessors, that a product loses at its end.
+    gemm_half_depth: products over so short an inner side have half the rate.
     attention_frac: of the peak, by the attention kernel over the causal half; "unfused" is its matrix products alone.
     newer_attention_frac: what is left of that for kernels of before Hopper (flash1, flash2) on newer devices.
     memory_frac: of the memory rate, by operations between the matrix products and by the optimizer.
@@ -45,7 +45,6 @@ class Constants:
     cp_overlap_frac: of context-parallel communication, hidden behind the attention.
     dp_overlap_frac: of the computation, behind which gathers and reductions of data parallelism can hide.
     contention_frac: of hidden communication, paid for by slower computation beside it.
-    pipeline_host_s: per micro-batch and stage, the wait for the host where it interprets the pipeline's schedule.
     broadcast_s: per rank that returns its share of the weights by a broadcast of its own, where the software does so.
     straggler_frac: of the step, by which it grows with each doubling of the number of nodes.
     step_host_s: per step, what no kernel hides: reading the norm, logging, the optimizer's many small launches.
@@ -53,24 +52,24 @@ class Constants:
     """
 
     gemm_frac: dict[str, float] = field(default_factory=_gemm_frac)
-    gemm_half_size: float = 60.0
+    wave_frac: float = 0.537
+    gemm_half_depth: float = 62.6
     attention_frac: dict[str, float] = field(default_factory=_attention_frac)
-    newer_attention_frac: float = 0.65
-    memory_frac: float = 0.75
-    kernel_gap_s: float = 3e-6
-    node_link_frac: float = 0.75
-    nic_frac: float = 0.75
-    node_latency_s: float = 10e-6
-    nic_latency_s: float = 25e-6
-    tp_overlap_frac: float = 0.5
+    newer_attention_frac: float = 0.497
+    memory_frac: float = 0.729
+    kernel_gap_s: float = 3.41e-6
+    node_link_frac: float = 0.704
+    nic_frac: float = 0.714
+    node_latency_s: float = 9.74e-6
+    nic_latency_s: float = 18.6e-6
+    tp_overlap_frac: float = 0.588
     cp_overlap_frac: float = 0.7
-    dp_overlap_frac: float = 0.8
-    contention_frac: float = 0.15
-    pipeline_host_s: float = 20e-3
-    broadcast_s: float = 1e-3
-    straggler_frac: float = 0.005
-    step_host_s: float = 0.02
-    power_exponent: float = 0.5
+    dp_overlap_frac: float = 0.787
+    contention_frac: float = 0.2
+    broadcast_s: float = 0.0012
+    straggler_frac: float = 0.00535
+    step_host_s: float = 0.023
+    power_exponent: float = 0.51
 
 
 CONSTANTS = Constants()

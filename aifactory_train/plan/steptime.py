@@ -26,7 +26,7 @@ HOST_OPTIMIZER_BYTES_PER_PARAMETER = 7 * 4
 HOST_LINK_BYTES_PER_S = 25e9
 HOST_MEMORY_BYTES_PER_S = 400e9
 # Backward over forward: two products for each; the flash kernel computes the scores again (5 products for 2).
-BACKWARD_GEMMS, BACKWARD_FLASH, BACKWARD_ELEMENTWISE = 2.0, 2.5, 2.0
+BACKWARD_SCORES, BACKWARD_FLASH, BACKWARD_ELEMENTWISE = 2.0, 2.5, 2.0
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def estimate_step_time_s(
     n_micro = layout.accumulation
     tp_s = _tensor_parallel_s(work, layout, software, links["tp"], constants)
     cp_s = _context_parallel_s(work, layout, links["cp"], compute, constants)
-    transfer_s = _pipeline_transfer_s(work, layout, software, links["pp"], constants)
+    transfer_s = _pipeline_transfer_s(work, layout, links["pp"])
     micro_s = compute.total_s + tp_s + cp_s + transfer_s
     fill = (layout.pp - 1) / layout.stages_per_rank * compute.mean_over_slowest
     data_parallel_s = _data_parallel_s(work, layout, software, links, micro_s, compute, constants)
@@ -97,31 +97,26 @@ def total_step_time_s(terms: dict[str, float | None]) -> float | None:
 
 
 def _compute(work: Work, layout: Layout, software: Software, pace: Pace) -> _Compute:
-    """Forward and backward of one micro-batch on the slowest stage.
-
-    Blocks go to the stages evenly, one more for the first ones where they do not divide; the head is on the last.
-    """
+    """Forward and backward of one micro-batch on the slowest rank of pp; the head is on the last."""
     block = block_forward(work, layout, software, pace)
     head = head_forward(work, layout, software, pace)
-    back_attention = BACKWARD_FLASH if software.flash_attention else BACKWARD_GEMMS
-    recomputed_s = _recomputed_s(block, layout.remat)
+    back_attention = BACKWARD_FLASH if software.flash_attention else BACKWARD_SCORES
+    recomputed_s = _recomputed_s(block, layout.remat, software)
     block_s = (
-        (1 + BACKWARD_GEMMS) * block.gemm_s
+        block.gemm_s
+        + block.backward_gemm_s
         + (1 + back_attention) * block.attention_s
         + (1 + BACKWARD_ELEMENTWISE) * (block.elementwise_s + block.gaps_s)
         + recomputed_s
     )
-    head_s = 3 * head.total_s
-    n_layers, n_stages = work.model.n_layers, layout.pp * layout.stages_per_rank
-    least, more = divmod(n_layers, n_stages)
-    most = (least + (1 if more else 0)) * layout.stages_per_rank
-    last = least * layout.stages_per_rank
-    last_is_slowest = last * block_s + head_s >= most * block_s
-    n_blocks = last if last_is_slowest else most
+    head_s = head.total_s + head.backward_gemm_s + BACKWARD_ELEMENTWISE * (head.elementwise_s + head.gaps_s)
+    by_rank = shape.layers_by_rank(work.model.n_layers, layout.pp, layout.stages_per_rank)
+    last_is_slowest = by_rank[-1] * block_s + head_s >= max(by_rank) * block_s
+    n_blocks = by_rank[-1] if last_is_slowest else max(by_rank)
     slowest_s = n_blocks * block_s + (head_s if last_is_slowest else 0.0)
-    mean_s = (n_layers * block_s + head_s) / layout.pp
+    mean_s = (work.model.n_layers * block_s + head_s) / layout.pp
     return _Compute(
-        matmul_s=n_blocks * (1 + BACKWARD_GEMMS) * block.gemm_s,
+        matmul_s=n_blocks * (block.gemm_s + block.backward_gemm_s),
         attention_s=n_blocks * (1 + back_attention) * block.attention_s,
         elementwise_s=n_blocks * (1 + BACKWARD_ELEMENTWISE) * block.elementwise_s,
         gaps_s=n_blocks * (1 + BACKWARD_ELEMENTWISE) * block.gaps_s,
@@ -131,9 +126,9 @@ def _compute(work: Work, layout: Layout, software: Software, pace: Pace) -> _Com
     )
 
 
-def _recomputed_s(block: Forward, remat: str) -> float:
+def _recomputed_s(block: Forward, remat: str, software: Software) -> float:
     if remat == "full":
-        return block.total_s
+        return block.total_s - (block.last_gemm_s if software.stops_recomputing_early else 0.0)
     # Every second matrix product is kept, and the attention.
     return 0.5 * block.gemm_s + block.elementwise_s + block.gaps_s if remat == "selective" else 0.0
 
@@ -179,13 +174,12 @@ def _context_parallel_s(work: Work, layout: Layout, link: AxisLink, compute: _Co
     return max(seconds - constants.cp_overlap_frac * compute.attention_s, (1 - constants.cp_overlap_frac) * seconds)
 
 
-def _pipeline_transfer_s(work: Work, layout: Layout, software: Software, link: AxisLink, constants: Constants) -> float:
+def _pipeline_transfer_s(work: Work, layout: Layout, link: AxisLink) -> float:
     """Per micro-batch of one stage: its output goes on, its input's gradient back, for each of its parts."""
     if layout.pp == 1:
         return 0.0
     n_bytes = _tokens(work, layout) * work.model.hidden_size * shape.BYTES[layout.precision] / layout.tp
-    host_s = constants.pipeline_host_s if software.host_driven_pipeline else 0.0
-    return layout.stages_per_rank * (2 * collective_s("send", n_bytes, link) + host_s)
+    return 2 * layout.stages_per_rank * collective_s("send", n_bytes, link)
 
 
 def _data_parallel_s(

@@ -57,9 +57,10 @@ class Software:
     fp32_states: master weights and the optimizer's moments are fp32, else in the precision of the model.
     defers_reduction: FSDP reduces gradients once a step, and adds them up unsharded until then; else each micro-batch.
     flat_step: ZeRO lays gradients out in long fp32 tensors for the step, which find no room in what activations left.
+    stops_recomputing_early: full remat leaves out the last product of a block, whose result nothing needs (torch's
+        own checkpoint from 2.1 on); else it repeats the whole forward.
     n_fp32_logits: fp32 tensors of the size of the logits that a loss over the whole micro-batch makes. 3 in plain
         torch: copy, log-softmax, gradient; 1 where Megatron works in place; 0 in a kernel over the logits themselves.
-    host_driven_pipeline: each micro-batch of a stage waits for the host, which interprets the schedule (DeepSpeed).
     vocab_parallel_loss: the loss works on each tp rank's part of the vocabulary, else on logits gathered from all.
     fp8_inputs: under fp8 the inputs of matrix products wait for the backward pass in fp8, else in bf16.
     """
@@ -76,8 +77,8 @@ class Software:
     fp32_states: bool = True
     defers_reduction: bool = True
     flat_step: bool = False
+    stops_recomputing_early: bool = True
     n_fp32_logits: int = 3
-    host_driven_pipeline: bool = False
     vocab_parallel_loss: bool = True
     fp8_inputs: bool = False
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from aifactory_train.plan.constants import Constants
 from aifactory_train.plan.contract import Layout
+from aifactory_train.plan.search import ALIKE_FRAC
 from aifactory_train.rundir import write_atomic
 from benchmarks.plan_accuracy.fit import names_of, publication, value_of
 from benchmarks.plan_accuracy.plot import draw_scatter
@@ -107,10 +108,11 @@ def _ranking(groups: Sequence[Group], groups_that_ran: Sequence[Group]) -> str:
     return f"""## Choice of a layout
 
 Where one source measured at least 3 layouts of one model on one machine with the same software, batch and precision,
-the planner chooses the fastest of those that it says fit, out of all that the source tried, also those that ran out
-of memory: {n_oom} of {len(groups)} groups have such. In {n_good} groups its choice is within 5 % of the best; out of
-only those that ran, in {n_good_ran}. loss: what its choice was measured to lose to the best; 100 % where it ran out of
-memory.
+the planner makes its choice among them: of those that it says fit, the fastest, or the one with the largest
+micro-batch of those within {ALIKE_FRAC:.0%} of that. In {n_good_ran} of {len(groups_that_ran)} groups it is within 5 %
+of the best that ran; this is the bar. Out of all that the source tried, also what ran out of memory ({n_oom} of
+{len(groups)} groups have such layouts), it is in {n_good}: the table shows this harder choice. loss: what the choice
+was measured to lose to the best; 100 % where it ran out of memory.
 
 {render_markdown(cells, 1)}"""
 

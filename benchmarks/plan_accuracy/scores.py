@@ -11,6 +11,7 @@ from statistics import median
 
 from aifactory_train.plan.constants import Constants
 from aifactory_train.plan.memory import FIT_FRAC, Memory, estimate_memory
+from aifactory_train.plan.search import first_choice
 from aifactory_train.plan.shape import n_parameters
 from aifactory_train.plan.steptime import estimate_step_time_s, total_step_time_s
 from benchmarks.plan_accuracy.rows import MemoryMetric, Row
@@ -117,15 +118,16 @@ def setting_of(row: Row) -> tuple[object, ...]:
     """What is alike in a group: all but the layout. Sequence parallelism is part of a layout."""
     software = dataclasses.replace(row.software, sequence_parallel=True)
     name = row.machine.name, row.layout.world_size, row.layout.precision
-    work = row.model_name, row.work.seq_len_tokens, row.work.global_batch_tokens
+    heads = f"{row.work.model.n_heads} heads"
+    work = row.model_name, heads, row.work.seq_len_tokens, row.work.global_batch_tokens
     return row.source, *name, *work, software
 
 
 def rank_groups(scored: Sequence[Scored]) -> list[Group]:
     """The planner's choice in every group of at least 3 layouts that ran.
 
-    It chooses among all layouts that the source tried, the fastest by prediction of those that it says fit. Where it
-    chooses one that ran out of memory the loss is 1. Repeated measurements of a layout count as their median.
+    It chooses as the planner does, of those that it says fit. Where it chooses one that ran out of memory the loss
+    is 1. Repeated measurements of a layout count as their median.
     """
     by_setting: dict[tuple[object, ...], list[Scored]] = defaultdict(list)
     for s in scored:
@@ -153,7 +155,8 @@ def _group(name: str, layouts: list[list[Scored]]) -> Group | None:
         return None
     indices = range(len(layouts))
     fitting = [i for i in indices if layouts[i][0].fits] or list(indices)
-    chosen = max(fitting, key=lambda i: layouts[i][0].tokens_per_s_per_device or 0.0)
+    times_s = [1 / (layouts[i][0].tokens_per_s_per_device or 1e-9) for i in fitting]
+    chosen = fitting[first_choice([layouts[i][0].row.layout for i in fitting], times_s)]
     best = max(indices, key=lambda i: speed[i])
     return Group(
         name=name,
@@ -180,7 +183,7 @@ class Summary:
     memory_median: float
     false_unfit: float
     oom_recall: float
-    ranking: float
+    ranking: float  # of the layouts that ran: what did not is in oom_recall
     n_rows: int
 
     def line(self) -> str:
@@ -197,7 +200,7 @@ def summarize(scored: Sequence[Scored]) -> Summary:
     memory = [abs(s.memory_error) for s in scored if s.memory_error is not None]
     ran = [s.fits for s in scored if s.row.outcome == "ok"]
     failed = [s.fits for s in scored if s.row.outcome == "OOM"]
-    groups = rank_groups(scored)
+    groups = rank_groups([s for s in scored if s.row.outcome == "ok"])
     return Summary(
         speed_median=quantile(speed, 0.5),
         speed_p90=quantile(speed, 0.9),

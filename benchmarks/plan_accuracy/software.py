@@ -13,23 +13,36 @@ from collections.abc import Mapping
 from aifactory_train.plan.work import Software
 
 # Kernels written by hand (norms, RoPE, activation, bias) and logits of the whole micro-batch with an fp32 loss.
-_HAND_FUSED = Software(fused_elementwise=True, loss_chunk_tokens=None, n_fp32_logits=1, defers_reduction=False)
+# Their checkpoints repeat the whole forward of a block.
+_HAND_FUSED = Software(
+    fused_elementwise=True,
+    loss_chunk_tokens=None,
+    n_fp32_logits=1,
+    defers_reduction=False,
+    stops_recomputing_early=False,
+)
 
 # (pattern for the column `framework`, what it does, why)
 FRAMEWORKS: tuple[tuple[str, Software, str], ...] = (
     (
         r"Megatron-DeepSpeed \(BigScience\)|GPT-NeoX",
-        dataclasses.replace(_HAND_FUSED, attention="unfused", fp32_gradients=False, overlap_dp=False, flat_step=True),
+        dataclasses.replace(
+            _HAND_FUSED,
+            attention="unfused",
+            fp32_gradients=False,
+            overlap_dp=False,
+            flat_step=True,
+        ),
         "2021-22: fused masked softmax, scores in memory; one reduction of the gradients after the backward pass",
     ),
     (
         r"Megatron-DeepSpeed \(BigScience-style fork, ROCm\)",
-        dataclasses.replace(_HAND_FUSED, attention="unfused", overlap_dp=False, host_driven_pipeline=True),
+        dataclasses.replace(_HAND_FUSED, attention="unfused", overlap_dp=False),
         "the same code on ROCm, with BF16_Optimizer, which adds gradients up in fp32",
     ),
     (
         r"Megatron-DeepSpeed",
-        dataclasses.replace(_HAND_FUSED, overlap_dp=False, host_driven_pipeline=True),
+        dataclasses.replace(_HAND_FUSED, overlap_dp=False),
         "2023 and later: --use-flash-attn",
     ),
     (

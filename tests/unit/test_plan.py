@@ -124,10 +124,11 @@ def test_activations_are_computed_again_only_where_no_row_of_kept_ones_fits():
     recipe = load_recipe(LLAMA_8B, ["layout.engine=fsdp2", "layout.dp_shard=64", "layout.zero_stage=3"])
     few, many = make_plan(recipe, gpus(64 * GIB), n_nodes=16), make_plan(recipe, gpus(192 * GIB), n_nodes=16)
     assert (few.layout.remat, many.layout.remat) == ("full", "none")
-    # One more forward of the blocks: of forward and twice that backward, a third at most.
+    # One more forward of the blocks but for down, a quarter of their weights: less than a third of the three, and more
+    # than a quarter of them.
     terms = few.predicted.step_time_s
     blocks = terms["matmul"] + terms["attention"] + terms["elementwise"] + terms["kernel_starts"]
-    assert 0.28 < terms["recomputation"] / blocks < 0.34 and "recomputation" not in many.predicted.step_time_s
+    assert 0.25 < terms["recomputation"] / blocks < 0.30 and "recomputation" not in many.predicted.step_time_s
     given = make_plan(load_recipe(LLAMA_8B, ["layout.remat=full"]), gpus(192 * GIB), n_nodes=16)
     assert given.layout.remat == "full"
 

@@ -5,7 +5,14 @@ import dataclasses
 import pytest
 
 from aifactory_train.machine.machine import ByDtype, Device, Host, Machine, Measured, Network, Topology
-from aifactory_train.plan.blocktime import architecture_of, block_forward, device_pace, gemm_s, head_forward
+from aifactory_train.plan.blocktime import (
+    architecture_of,
+    backward_gemm_s,
+    block_forward,
+    device_pace,
+    gemm_s,
+    head_forward,
+)
 from aifactory_train.plan.constants import Constants
 from aifactory_train.plan.contract import Layout
 from aifactory_train.plan.network import axis_links
@@ -16,7 +23,8 @@ from aifactory_train.recipe.schema import Model
 # Nothing is lost but where a test says so: half of 1e15 FLOP/s for products, a quarter for attention, all of 1e13 B/s.
 PLAIN = Constants(
     gemm_frac={"other": 0.5, "other fp8": 0.25, "hopper": 0.5},
-    gemm_half_size=1e-9,
+    wave_frac=1e-12,
+    gemm_half_depth=1e-9,
     attention_frac={"unfused": 0.25, "flash1": 0.25, "flash2": 0.25, "flash3": 0.25},
     newer_attention_frac=1.0,
     memory_frac=1.0,
@@ -84,21 +92,33 @@ def test_attention_is_the_causal_half_forward_and_two_and_a_half_times_that_back
 def test_scores_that_are_written_cost_memory_traffic_and_the_masked_half():
     pace = device_pace(machine(), layout(), OURS, PLAIN)
     unfused = dataclasses.replace(OURS, attention="unfused")
-    found = block_forward(WORK, layout(), unfused, pace).attention_s
     # The whole square of products, and 10 heads x 2000 x 2000 scores of 2 bytes moved 4 times by fused kernels.
-    assert found == pytest.approx(4 * 2000 * 2000 * 1000 / 0.25e15 + 10 * 2000 * 2000 * 2 * 4 / 1e13)
+    products_s, scores_s = 4 * 2000 * 2000 * 1000 / 0.25e15, 10 * 2000 * 2000 * 2 * 4 / 1e13
+    aligned = dataclasses.replace(WORK, model=MODEL.model_copy(update={"n_heads": 10, "head_size": 104}))
+    wide = block_forward(aligned, layout(), unfused, pace).attention_s
+    assert wide == pytest.approx(products_s * 1.04 + scores_s)
+    # Heads of 100 are no multiple of 8: their products take four times as long.
+    assert block_forward(WORK, layout(), unfused, pace).attention_s == pytest.approx(4 * products_s + scores_s)
 
 
-def test_a_product_is_slower_with_small_sides_and_never_faster_than_its_bytes():
-    half = dataclasses.replace(PLAIN, gemm_half_size=150.0)
-    pace = device_pace(machine(memory_bytes_per_s=1e15 / 150), layout(), OURS, half)
-    assert pace.gemm_half_size == pytest.approx(150)
-    # A side of 150 halves the rate; the other two are so long that they do not matter.
-    for sides in ((150, 1e9, 1e9), (1e9, 150, 1e9), (1e9, 1e9, 150)):
-        assert gemm_s(*sides, 1.0, pace) == pytest.approx(2 * 2 * 150 * 1e9 * 1e9, rel=1e-6)
-    plain = device_pace(machine(), layout(), OURS, PLAIN)
+def test_a_product_loses_part_of_its_last_wave_and_never_runs_faster_than_its_bytes():
+    # 100 multiprocessors of a device that no table knows take 100 tiles of 256 x 128 at once; half of that is lost.
+    waves = dataclasses.replace(PLAIN, wave_frac=0.5)
+    pace = device_pace(machine(), layout(), OURS, waves)
+    tiles = 100 * 256 * 128
+    assert gemm_s(tiles / 1000, 1000, 1e6, 1.0, pace) == pytest.approx(2 * tiles * 1e6 * 1.5)
+    assert gemm_s(tiles, 1000, 1e6, 1.0, pace) == pytest.approx(2 * tiles * 1000 * 1e6 * (1 + 0.5 / 1000))
+    shallow = device_pace(machine(), layout(), OURS, dataclasses.replace(PLAIN, gemm_half_depth=64.0))
+    assert gemm_s(1e6, 1e6, 64, 1.0, shallow) == pytest.approx(2 * 1e12 * 64 * 2)
+    plain = device_pace(machine(memory_bytes_per_s=1e12), layout(), OURS, PLAIN)
     # 1 x 1000 by 1000 x 1000 reads a million weights of 2 bytes for only 2 MFLOP.
-    assert gemm_s(1, 1000, 1000, 0.5e15, plain) == pytest.approx((1000 + 1000 * 1000 + 1000) * 2 / 1e13)
+    assert gemm_s(1, 1000, 1000, 0.5e15, plain) == pytest.approx((1000 + 1000 * 1000 + 1000) * 2 / 1e12)
+
+
+def test_the_gradients_of_a_product_are_two_products_of_its_turned_sides():
+    waves = device_pace(machine(), layout(), OURS, dataclasses.replace(PLAIN, wave_frac=0.5))
+    sides_s = gemm_s(2000, 1000, 4000, 1e15, waves) + gemm_s(1000, 4000, 2000, 1e15, waves)
+    assert backward_gemm_s(2000, 4000, 1000, 1e15, waves) == pytest.approx(sides_s)
 
 
 def test_what_lies_between_the_products_moves_bytes():
@@ -129,7 +149,11 @@ def test_head_and_loss_multiply_the_vocabulary_and_pass_over_its_logits():
 def test_full_remat_is_one_more_forward_of_all_blocks_and_selective_every_second_product():
     pace = device_pace(machine(), layout(), OURS, PLAIN)
     block = block_forward(WORK, layout(), OURS, pace)
-    assert terms(remat="full")["recomputation"] == pytest.approx(8 * 4 * block.total_s)
+    # torch stops before the last product, 1000 x 4000 weights, whose result nothing needs.
+    down_s = 2 * 2000 * 1000 * 4000 / 0.5e15
+    assert terms(remat="full")["recomputation"] == pytest.approx(8 * 4 * (block.total_s - down_s))
+    whole = dataclasses.replace(OURS, stops_recomputing_early=False)
+    assert terms(remat="full", software=whole)["recomputation"] == pytest.approx(8 * 4 * block.total_s)
     selective = 8 * 4 * (block.gemm_s / 2 + block.elementwise_s)
     assert terms(remat="selective")["recomputation"] == pytest.approx(selective)
     assert "recomputation" not in terms()
