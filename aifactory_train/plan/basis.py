@@ -6,7 +6,7 @@ from aifactory_train import units
 from aifactory_train.machine.machine import Machine
 from aifactory_train.plan.calibrate import correct_step_time
 from aifactory_train.plan.contract import Layout
-from aifactory_train.plan.cost import FAILURES, JOB_SAVE_BYTES_PER_S
+from aifactory_train.plan.cost import FAILURES, assumed_save_bytes_per_s
 from aifactory_train.plan.network import axis_links
 from aifactory_train.plan.rates import Rates, RateSource, device_rates
 
@@ -19,7 +19,7 @@ def measured_vs_assumed(machine: Machine, layout: Layout) -> list[Basis]:
     found = [*_device(machine, layout, rates), *_links(machine, layout)]
     writes = machine.measured.checkpoint_bytes_per_s
     if writes is None:
-        text = f"at most {units.format_bytes_per_s(JOB_SAVE_BYTES_PER_S)} for one job"
+        text = f"{units.format_bytes_per_s(assumed_save_bytes_per_s(layout.world_size))} for one job"
         found.append(("checkpoint writes", "assumed", text))
     else:
         text = _with_origin(machine, units.format_bytes_per_s(writes), "measured.checkpoint_bytes_per_s")

@@ -120,6 +120,11 @@ def estimate_cost(machine: Machine, n_nodes: int, seconds: float) -> tuple[float
     return node_hours * machine.accounting.units_per_node_hour, machine.accounting.unit
 
 
+def hours_of(unit: str) -> str:
+    """The unit after an amount: "GPU-hours (one MI250X)" of "GPU-hour (one MI250X)"."""
+    return re.sub(r"-hour\b", "-hours", unit)
+
+
 def run_size_of(recipe: Recipe) -> RunSize:
     return RunSize(
         n_steps=recipe.n_steps,
@@ -139,11 +144,16 @@ def checkpoint_bytes(recipe: Recipe) -> int:
     return 4 * (n + n_moments)
 
 
+def assumed_save_bytes_per_s(n_ranks: int) -> float:
+    """Of all ranks together, as long as no save was measured."""
+    return min(RANK_SAVE_BYTES_PER_S * n_ranks, JOB_SAVE_BYTES_PER_S)
+
+
 def estimate_save(machine: Machine, layout: Layout, n_bytes: int, asynchronous: bool) -> SaveCost:
     """Seconds of one save of `n_bytes` by all ranks together."""
     rate, assumed = machine.measured.checkpoint_bytes_per_s, []
     if rate is None:
-        rate = min(RANK_SAVE_BYTES_PER_S * layout.world_size, JOB_SAVE_BYTES_PER_S)
+        rate = assumed_save_bytes_per_s(layout.world_size)
         assumed.append(
             f"assumed: {units.format_bytes_per_s(rate)} into the file system for one job; "
             "`aifactory-train calibrate` measures it"
@@ -313,11 +323,13 @@ def render_run_cost(cost: RunCost, bound: str = "about") -> list[str]:
     if not cost.makes_progress:
         return [_endless(cost)]
     node_hours = "" if cost.grant_unit.startswith("node-hour") else f"{_shown(cost.node_hours)} node-hours, "
-    hours = re.sub(r"-hour\b", "-hours", cost.grant_unit)
     jobs = "1 job" if cost.n_jobs == 1 else f"{cost.n_jobs} chained jobs"
-    limit = "" if cost.job_time_s is None else f" of at most {units.format_seconds(cost.job_time_s)}"
+    limit = ", as no limit of a job's time is known"
+    if cost.job_time_s is not None:
+        limit = f" of at most {units.format_seconds(cost.job_time_s)}"
+    run = f"{_shown(cost.grant_amount)} {hours_of(cost.grant_unit)}"
     lines = [
-        f"the run: {bound} {_shown(cost.grant_amount)} {hours} ({node_hours}{_shown(cost.device_hours)} device-hours)",
+        f"the run: {bound} {run} ({node_hours}{_shown(cost.device_hours)} device-hours)",
         f"time: {bound} {units.format_seconds(cost.held_time_s)} in {jobs}{limit}, waiting in the queue not counted",
     ]
     if cost.energy_kwh is not None:

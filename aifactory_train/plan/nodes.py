@@ -6,11 +6,12 @@ from dataclasses import dataclass, replace
 
 from aifactory_train.errors import PlanError
 from aifactory_train.machine.machine import Machine
+from aifactory_train.plan.cost import estimate_cost, hours_of
 from aifactory_train.plan.layout import describe
-from aifactory_train.plan.refuse import check_wishes, nothing_left
+from aifactory_train.plan.refuse import check_kind, check_wishes, nothing_left
 from aifactory_train.plan.search import Candidate, search
 from aifactory_train.recipe.schema import Recipe
-from aifactory_train.units import format_hours, format_seconds, parse_duration_s
+from aifactory_train.units import format_count, format_hours, format_seconds, parse_duration_s
 
 # Nodes that work at less than this share of the best tokens/s per node are not worth their cost.
 EFFICIENT_FRAC = 0.8
@@ -155,9 +156,10 @@ def build_node_table(recipe: Recipe, machine: Machine, most_nodes: int, least_no
         PlanError: nothing fits on so many nodes.
     """
     counts = [n for n in (2**k for k in range(most_nodes.bit_length())) if n >= least_nodes] or [most_nodes]
-    check_wishes(recipe, machine, counts[-1], 1)
+    check_kind(recipe, machine)
     found = [row for row in (_row(recipe, machine, n_nodes) for n_nodes in counts) if row is not None]
     if not found:
+        check_wishes(recipe, machine, counts[-1], 1)
         raise nothing_left(recipe, machine, counts[-1], 1, search(recipe, machine, counts[-1]))
     rows = _with_efficiency([row for row, _ in found])
     trained = comparable(rows)
@@ -239,7 +241,12 @@ def nodes_for_budget(machine: Machine, table: NodeTable, device_hours: float) ->
     rows = comparable(table.rows)
     most = max(tokens_bought(row, device_hours) for row in rows)
     best = max(row.n_nodes for row in rows if tokens_bought(row, device_hours) >= BUDGET_FRAC * most)
-    why = f"the most that buy {BUDGET_FRAC:.0%} or more of the tokens that this budget can buy"
+    # Where a device is half of what the site counts as a GPU, the two hours differ by two.
+    amount, unit = estimate_cost(machine, 1, device_hours / machine.device.per_node * 3600)
+    why = (
+        f"the most that buy {BUDGET_FRAC:.0%} or more of the tokens that this budget can buy; "
+        f"{format_count(device_hours)} device-hours are {format_count(amount)} {hours_of(unit)}"
+    )
     return NodeTable(table.rows, best, why, table.order_only)
 
 

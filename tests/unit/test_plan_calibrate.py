@@ -326,6 +326,7 @@ def test_a_plan_says_which_terms_are_measured_published_and_assumed():
     assert found["matrix products"] == ("measured", "250 TFLOP/s: aifactory-train probe, 2026-11-01")
     assert found["device memory"] == ("published", "1.60 TB/s, the peak")
     assert found["checkpoint writes"][0] == found["whole step"][0] == found["failures"][0] == "assumed"
+    assert found["checkpoint writes"][1] == "800 MB/s for one job"  # 8 ranks x 100 MB/s, as its time is counted
     assert "links of fsdp" in found and "links of tp" not in found
     bare = {term: how for term, how, _ in measured_vs_assumed(a_gpu_machine(), layout)}
     assert bare["matrix products"] == bare["device memory"] == bare["links of fsdp"] == "assumed"

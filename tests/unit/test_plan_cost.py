@@ -240,3 +240,9 @@ def test_the_lines_name_hours_time_energy_and_checkpoints():
         "checkpoints: 55.9 GiB, written in 60 s, stall 60 s; saves and 0.016 expected failure(s) cost 1.0 %",
         "checkpoint.every_steps 600: 5228 would cost 0.2 %",
     ]
+
+
+def test_one_job_is_said_to_rest_on_no_known_limit():
+    without = a_machine(slurm=Slurm(partitions=[Partition(name="gpu")]))
+    found = cost.estimate_run_cost(without, a_layout(), a_size(), step_time_s=10.0)
+    assert "in 1 job, as no limit of a job's time is known, waiting" in cost.render_run_cost(found)[1]
