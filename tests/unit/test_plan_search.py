@@ -225,16 +225,6 @@ def test_the_recommended_nodes_are_the_most_that_work_well_enough():
     assert table.recommended == max(good)
 
 
-def test_the_curve_leaves_out_the_numbers_of_nodes_that_the_given_layout_does_not_fit():
-    # 512 rows are shared by 128 nodes of 4 at most, and 16 ranks are 4 nodes.
-    wide = build_node_table(load_recipe(LLAMA_8B, ["layout.pp=1", "layout.cp=1", "layout.tp=1"]), gpus(), 256)
-    assert [row.n_nodes for row in wide.rows][-1] == 128
-    given = ["layout.pp=1", "layout.cp=1", "layout.tp=1", "layout.dp_replicate=1", "layout.dp_shard=16"]
-    assert [row.n_nodes for row in build_node_table(load_recipe(LLAMA_8B, given), gpus(), 256).rows] == [4]
-    with pytest.raises(PlanError, match="cannot share evenly"):
-        build_node_table(load_recipe(LLAMA_8B, given[:3]), gpus(), 256, least_nodes=256)
-
-
 def test_a_budget_buys_tokens_by_the_hour_of_a_device():
     table = nodes_for_budget(gpus(), build_node_table(load_recipe(LLAMA_8B), gpus(), 8), 1000.0)
     row = table.rows[-1]
