@@ -17,7 +17,16 @@ from aifactory_train.plan.contract import Layout
 from aifactory_train.plan.work import Software, Work
 
 # Of the stock parts, by their data sheets; each works on one tile of a product's result at a time.
-MULTIPROCESSORS = {"volta": 80, "ampere": 108, "hopper": 132, "blackwell": 148, "cdna2": 110, "cdna3": 304, "cpu": 0}
+MULTIPROCESSORS = {
+    "volta": 80,
+    "ampere": 108,
+    "hopper": 132,
+    "blackwell": 148,
+    "cdna2": 110,
+    "cdna3": 304,
+    "xe": 64,
+    "cpu": 0,
+}
 TILE_ELEMENTS = 256 * 128
 # Tensor cores want sides that are multiples of 8; batched products over other heads are slower by about this.
 UNALIGNED_HEAD_FACTOR = 4.0
@@ -30,6 +39,7 @@ _ARCHITECTURES = (
     (r"G?H[12]00|H800", "hopper"),
     (r"MI2\d\d", "cdna2"),
     (r"MI3\d\d", "cdna3"),
+    (r"Max.1550", "xe"),
 )
 # Kernels that the forward of a block starts: a library's or compiled ones, and one by one from Python.
 KERNELS_FUSED, KERNELS_EAGER = 14, 32
@@ -87,6 +97,10 @@ def device_pace(machine: Machine, layout: Layout, software: Software, constants:
     share = min(1.0, n_devices / layout.world_size)
     power = _power_factor(machine, architecture, constants)
     low_key = f"{architecture} fp8" if layout.precision == "fp8" else architecture
+    # Attention has a share of the peak: a measured rate of products is taken back to the peak that goes with it.
+    gemm_frac = constants.gemm_frac.get(architecture, constants.gemm_frac["other"])
+    peak = base.peak_flops_per_s / (gemm_frac if base.matmul_source == "measured" else 1.0)
+    memory_frac = 1.0 if base.memory_source == "measured" else constants.memory_frac
     head_rate = share * base.peak_flops_per_s * _gemm_frac(base, architecture, power, constants)
     gemm_rate = share * low.peak_flops_per_s * _gemm_frac(low, low_key, power, constants)
     attention_frac = constants.attention_frac[software.attention]
@@ -95,8 +109,8 @@ def device_pace(machine: Machine, layout: Layout, software: Software, constants:
     return Pace(
         gemm_flops_per_s=gemm_rate,
         head_flops_per_s=head_rate,
-        attention_flops_per_s=share * base.peak_flops_per_s * attention_frac * power,
-        memory_bytes_per_s=share * base.memory_bytes_per_s * constants.memory_frac,
+        attention_flops_per_s=share * peak * attention_frac * power,
+        memory_bytes_per_s=share * base.memory_bytes_per_s * memory_frac,
         wave_elements=constants.wave_frac * TILE_ELEMENTS * MULTIPROCESSORS.get(architecture, 100),
         gemm_half_depth=constants.gemm_half_depth,
         kernel_gap_s=constants.kernel_gap_s,

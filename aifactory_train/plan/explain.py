@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from aifactory_train import units
 from aifactory_train.plan.basis import measured_vs_assumed
-from aifactory_train.plan.cost import RunCost, estimate_run_cost, render_run_cost, run_size_of
+from aifactory_train.plan.cost import render_run_cost, run_cost_of
 from aifactory_train.plan.layout import describe
 from aifactory_train.plan.memory import FIT_FRAC
 from aifactory_train.plan.nodes import NodeTable, tokens_bought
@@ -206,20 +206,13 @@ def _speed_rows(plan: Plan) -> list[tuple[str, str]]:
     ]
 
 
-def _run_cost(plan: Plan) -> RunCost | None:
-    step_time_s = plan.predicted.total_step_time_s
-    if step_time_s is None:
-        return None
-    return estimate_run_cost(plan.machine, plan.layout, run_size_of(plan.recipe), step_time_s)
-
-
 def _cost_lines(plan: Plan) -> list[str]:
-    cost = _run_cost(plan)
+    cost = run_cost_of(plan)
     return [] if cost is None else render_run_cost(cost)
 
 
 def _cost_notes(plan: Plan) -> list[str]:
-    cost = _run_cost(plan)
+    cost = run_cost_of(plan)
     return [] if cost is None else list(cost.assumed)
 
 

@@ -8,7 +8,7 @@ from aifactory_train.errors import PlanError
 from aifactory_train.machine.machine import Machine
 from aifactory_train.plan.cost import estimate_cost, hours_of
 from aifactory_train.plan.layout import describe
-from aifactory_train.plan.refuse import check_wishes, nothing_left
+from aifactory_train.plan.refuse import check_kind, check_wishes, nothing_left
 from aifactory_train.plan.search import Candidate, search
 from aifactory_train.recipe.schema import Recipe
 from aifactory_train.units import format_count, format_hours, format_seconds, parse_duration_s
@@ -156,9 +156,10 @@ def build_node_table(recipe: Recipe, machine: Machine, most_nodes: int, least_no
         PlanError: nothing fits on so many nodes.
     """
     counts = [n for n in (2**k for k in range(most_nodes.bit_length())) if n >= least_nodes] or [most_nodes]
-    check_wishes(recipe, machine, counts[-1], 1)
+    check_kind(recipe, machine)
     found = [row for row in (_row(recipe, machine, n_nodes) for n_nodes in counts) if row is not None]
     if not found:
+        check_wishes(recipe, machine, counts[-1], 1)
         raise nothing_left(recipe, machine, counts[-1], 1, search(recipe, machine, counts[-1]))
     rows = _with_efficiency([row for row, _ in found])
     trained = comparable(rows)

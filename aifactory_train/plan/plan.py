@@ -134,7 +134,7 @@ def _predict(recipe: Recipe, machine: Machine, chosen: Candidate, shape: Shape, 
         tokens_per_s=tokens_per_s,
         mfu_frac=mfu_frac,
         run_time_s=run_time_s,
-        device_hours=None if run_time_s is None else layout.world_size * run_time_s / 3600,
+        device_hours=None if run_time_s is None else n_devices(machine, layout) * run_time_s / 3600,
     )
 
 

@@ -27,7 +27,7 @@ def check_wishes(recipe: Recipe, machine: Machine, n_nodes: int, cpu_ranks: int)
     _check_axes(recipe, machine, n_nodes, cpu_ranks)
     _check_product(recipe, per_node * n_nodes)
     _check_batch(recipe, machine, per_node * n_nodes)
-    _check_kind(recipe, machine)
+    check_kind(recipe, machine)
 
 
 def _check_axes(recipe: Recipe, machine: Machine, n_nodes: int, cpu_ranks: int) -> None:
@@ -128,8 +128,12 @@ def replicas_allowed(recipe: Recipe, machine: Machine, world_size: int) -> list[
     return [d for d in divisors(world_size // fixed) if d % least == 0]
 
 
-def _check_kind(recipe: Recipe, machine: Machine) -> None:
-    """Engine, ZeRO stage, offload, precision and pipeline stages that contradict each other."""
+def check_kind(recipe: Recipe, machine: Machine) -> None:
+    """Refuse engine, ZeRO stage, offload, precision and pipeline stages that contradict each other.
+
+    Raises:
+        PlanError: with what to set instead. It holds for any number of nodes.
+    """
     wish, precision = recipe.layout, choose_precision(recipe, machine)
     axes = [axis for axis in ("pp", "dp_replicate", "cp", "tp") if getattr(wish, axis) not in ("auto", 1)]
     stage = wish.zero_stage

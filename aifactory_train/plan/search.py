@@ -28,8 +28,12 @@ Precision = Literal["fp32", "bf16", "fp8"]
 SAFE_MICRO_BATCH_TOKENS = 2048
 # Kept activations of so many tokens fill the matmuls; to compute them again would buy nothing.
 FILLING_MICRO_BATCH_TOKENS = 8192
-# Layouts this close together are the same to the model of time, whose error is larger.
-ALIKE_FRAC = 0.02
+# Layouts this close together are the same to the model of time, whose error is larger: the larger micro-batch is
+# taken, and of those that are closer still the plainest. Chosen with TIGHT_* on published layouts, as FIT_FRAC is.
+ALIKE_FRAC, SAME_FRAC = 0.02, 0.005
+# A layout that fills more of the device counts as so much slower: predicted peaks are not exact, and an allocator at
+# its limit unmaps and maps memory again and again.
+TIGHT_FRAC, TIGHT_COST_FRAC = 0.88, 0.07
 HOST_IS_SHORT = "does not fit into the memory of the host"
 # Stand in for rates that nobody knows, to rank by: (matmul FLOP/s, memory bytes/s) of common parts.
 _ORDER_ONLY = {"cpu": (1e12, 1e11), "cuda": (3e14, 2e12), "rocm": (3e14, 2e12)}
@@ -66,12 +70,18 @@ class Ranking:
 
     @cached_property
     def best(self) -> Candidate | None:
-        return _first_choice(self.candidates)
+        return self._first_choice(self.candidates)
 
     @cached_property
     def chosen(self) -> Candidate | None:
         """What the plan takes: the best that this version can train, else the best."""
-        return _first_choice([c for c in self.candidates if c.why_not is None]) or self.best
+        return self._first_choice([c for c in self.candidates if c.why_not is None]) or self.best
+
+    def _first_choice(self, candidates: list[Candidate]) -> Candidate | None:
+        if not candidates:
+            return None
+        filled = [c.memory.peak_bytes / self.limit_bytes if self.limit_bytes else 0.0 for c in candidates]
+        return candidates[first_choice([c.layout for c in candidates], [c.step_time_s for c in candidates], filled)]
 
     @cached_property
     def runner_up(self) -> Candidate | None:
@@ -86,21 +96,24 @@ def _degrees(layout: Layout) -> Degrees:
     return Degrees(layout.pp, layout.dp_replicate, layout.dp_shard, layout.cp, layout.tp)
 
 
-def _first_choice(candidates: list[Candidate]) -> Candidate | None:
-    if not candidates:
-        return None
-    return candidates[first_choice([c.layout for c in candidates], [c.step_time_s for c in candidates])]
-
-
-def first_choice(layouts: Sequence[Layout], step_times_s: Sequence[float]) -> int:
-    """Index of the layout to take: of those as fast as the fastest the one with the largest micro-batch.
+def first_choice(layouts: Sequence[Layout], step_times_s: Sequence[float], filled_fracs: Sequence[float]) -> int:
+    """Index of the layout to take: the fastest that is not tight, or a like one with a larger micro-batch.
 
     Fewer micro-batches start fewer kernels and collectives, so they depend less on what the model of time does not
-    see: host, launcher, other jobs. Then the plainest.
+    see: host, launcher, other jobs.
+
+    Args:
+        filled_fracs: predicted peak of each layout over the memory of the device; 0 where that is unknown.
     """
-    limit_s = min(step_times_s) * (1 + ALIKE_FRAC)
-    alike = [i for i, seconds in enumerate(step_times_s) if seconds <= limit_s]
-    return min(alike, key=lambda i: (-layouts[i].micro_batch_rows, _complexity(layouts[i])))
+    costs_s = [
+        seconds * (1 + TIGHT_COST_FRAC if filled > TIGHT_FRAC else 1)
+        for seconds, filled in zip(step_times_s, filled_fracs, strict=True)
+    ]
+    alike = [i for i, cost_s in enumerate(costs_s) if cost_s <= min(costs_s) * (1 + ALIKE_FRAC)]
+    most_rows = max(layouts[i].micro_batch_rows for i in alike)
+    alike = [i for i in alike if layouts[i].micro_batch_rows == most_rows]
+    same_s = min(costs_s[i] for i in alike) * (1 + SAME_FRAC)
+    return min((i for i in alike if costs_s[i] <= same_s), key=lambda i: _complexity(layouts[i]))
 
 
 def _complexity(layout: Layout) -> tuple[Any, ...]:

@@ -212,10 +212,12 @@ def _data_parallel_s(
     if layout.dp_replicate > 1:
         part_bytes = gradient_bytes / layout.shard_degree / n_layers
         reduce_s += n_layers * collective_s("all_reduce", part_bytes, replicate)
-    if layout.zero_stage == 3 or (layout.zero_stage == 2 and not software.defers_reduction):
-        gathers_s = 0.0 if layout.zero_stage < 3 else gather_s * (2 if layout.reshard_after_forward else 1)
+    # DeepSpeed from stage 2 on holds its share of the gradients alone, so it has nowhere to let them wait.
+    defers = software.defers_reduction and layout.engine == "fsdp2"
+    if layout.zero_stage == 3 or (layout.zero_stage == 2 and not defers):
+        gathers_s = gather_s * (2 if layout.reshard_after_forward else 1)
         again_s = gathers_s if layout.reshard_after_forward else 0.0
-        again_s += 0.0 if software.defers_reduction else reduce_s
+        again_s += 0.0 if defers else reduce_s
         last_s = _exposed_s(gathers_s + reduce_s, micro_s, software, constants, n_layers)
         return last_s + (layout.accumulation - 1) * _exposed_s(again_s, micro_s, software, constants, n_layers)
     window_s = micro_s * (1 if layout.accumulation > 1 or layout.pp == 1 else 0.7)

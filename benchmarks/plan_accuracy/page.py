@@ -108,10 +108,11 @@ def _ranking(groups: Sequence[Group], groups_that_ran: Sequence[Group]) -> str:
     return f"""## Choice of a layout
 
 Where one source measured at least 3 layouts of one model on one machine with the same software, batch and precision,
-the planner makes its choice among them: of those that it says fit, the fastest, or the one with the largest
-micro-batch of those within {ALIKE_FRAC:.0%} of that. In {n_good_ran} of {len(groups_that_ran)} groups it is within 5 %
-of the best that ran; this is the bar. Out of all that the source tried, also what ran out of memory ({n_oom} of
-{len(groups)} groups have such layouts), it is in {n_good}: the table shows this harder choice. loss: what the choice
+the planner makes its choice among them as in `aifactory_train/plan/search.py`: of those that it says fit, the fastest
+that leaves some memory free, or the largest micro-batch of those within {ALIKE_FRAC:.0%} of that. In {n_good_ran} of
+{len(groups_that_ran)} groups it is within 5 % of the best that ran; this is the bar. Out of all that the source
+tried, also what ran out of memory ({n_oom} of {len(groups)} groups have such layouts), it is in {n_good}: the table
+shows this harder choice. The margins of that rule were chosen on these groups. loss: what the choice
 was measured to lose to the best; 100 % where it ran out of memory.
 
 {render_markdown(cells, 1)}"""

@@ -22,6 +22,7 @@ PRIORS: dict[str, tuple[float, str]] = {
     "gemm_frac.cdna2": (0.62, _GUESS),
     "gemm_frac.cdna3": (0.50, _GUESS),
     "gemm_frac.cdna3 fp8": (0.40, "guess, below bf16"),
+    "gemm_frac.xe": (0.50, _GUESS),
     "gemm_frac.other": (0.60, "guess, among the others"),
     "gemm_frac.cpu": (1.0, "probe measures the rate itself"),
     "wave_frac": (0.5, "the last wave of tiles is half full on average"),

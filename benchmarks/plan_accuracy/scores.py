@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from bisect import bisect
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -40,6 +41,12 @@ class Scored:
     fits: bool
 
     @property
+    def filled_frac(self) -> float:
+        """Of the device's memory by the predicted peak; 0 where it is unknown."""
+        at_hand = self.row.machine.device.memory_bytes
+        return self.peak_bytes / at_hand if at_hand else 0.0
+
+    @property
     def speed_error(self) -> float | None:
         """Predicted over measured, less 1."""
         measured = self.row.tokens_per_s_per_device
@@ -69,14 +76,13 @@ def score(rows: Sequence[Row], constants_of: Callable[[Row], Constants]) -> list
     scored = []
     for row in rows:
         memory = estimate_memory(row.work, row.machine.device.kind, row.layout, row.software)
-        at_hand = row.machine.device.memory_bytes
         scored.append(
             Scored(
                 row,
                 predict_tokens_per_s(row, constants_of(row)),
                 memory.peak_bytes,
                 seen_bytes(memory, row.memory_metric),
-                at_hand is None or memory.peak_bytes <= FIT_FRAC * at_hand,
+                memory.peak_bytes <= FIT_FRAC * (row.machine.device.memory_bytes or math.inf),
             )
         )
     return scored
@@ -156,7 +162,8 @@ def _group(name: str, layouts: list[list[Scored]]) -> Group | None:
     indices = range(len(layouts))
     fitting = [i for i in indices if layouts[i][0].fits] or list(indices)
     times_s = [1 / (layouts[i][0].tokens_per_s_per_device or 1e-9) for i in fitting]
-    chosen = fitting[first_choice([layouts[i][0].row.layout for i in fitting], times_s)]
+    filled = [layouts[i][0].filled_frac for i in fitting]
+    chosen = fitting[first_choice([layouts[i][0].row.layout for i in fitting], times_s, filled)]
     best = max(indices, key=lambda i: speed[i])
     return Group(
         name=name,

@@ -8,6 +8,7 @@ import pytest
 
 from aifactory_train.cli import main
 from aifactory_train.machine.load import load_machine
+from aifactory_train.plan.cost import render_run_cost, run_cost_of
 from aifactory_train.plan.explain import explain, render_nodes, summarize
 from aifactory_train.plan.nodes import build_node_table
 from aifactory_train.plan.plan import Plan, make_ranked_plan
@@ -30,6 +31,13 @@ def test_the_terms_of_a_plan_add_up():
     assert sum(predicted.memory_bytes.values()) == pytest.approx(predicted.peak_memory_bytes, rel=1e-6)
     assert predicted.step_time_low_s < predicted.total_step_time_s < predicted.step_time_high_s
     assert predicted.tokens_per_s * predicted.total_step_time_s == pytest.approx(4_194_304)
+
+
+def test_the_page_and_a_job_of_the_same_length_name_one_cost():
+    plan, ranking = make_ranked_plan(load_recipe(LLAMA_8B, ["checkpoint.every_steps=1"]), gpus(64 * GIB), n_nodes=16)
+    assert plan.predicted.step_time_s["checkpoint_stall"] > 0
+    cost = run_cost_of(plan)
+    assert cost is not None and all(line in summarize(plan, ranking) for line in render_run_cost(cost))
 
 
 def test_the_short_page_has_layout_fit_speed_cost_and_the_runner_up_with_its_reason():

@@ -67,7 +67,7 @@ def test_a_given_degree_is_kept_and_the_rest_is_chosen_around_it():
 
 
 def test_the_plan_takes_the_best_that_can_be_trained_and_tells_of_a_faster_one():
-    plan, ranking = make_ranked_plan(load_recipe(LLAMA_8B), gpus(64 * GIB), n_nodes=16)
+    plan, ranking = make_ranked_plan(load_recipe(LLAMA_8B), gpus(64 * GIB), n_nodes=8)
     assert why_not_trainable(plan.layout) is None and ranking.best.why_not is not None
     assert ranking.best.tokens_per_s > 1.01 * ranking.chosen.tokens_per_s
     assert any("faster would be" in note and ranking.best.why_not in note for note in plan.notes)
@@ -223,6 +223,16 @@ def test_the_recommended_nodes_are_the_most_that_work_well_enough():
         assert row.device_hours == pytest.approx(4 * row.n_nodes * row.run_time_s / 3600)
     good = [r.n_nodes for r in table.rows if r.efficiency_frac >= 0.8 and r.chosen.why_not is None]
     assert table.recommended == max(good)
+
+
+def test_the_curve_leaves_out_the_numbers_of_nodes_that_the_given_layout_does_not_fit():
+    # 512 rows are shared by 128 nodes of 4 at most, and 16 ranks are 4 nodes.
+    wide = build_node_table(load_recipe(LLAMA_8B, ["layout.pp=1", "layout.cp=1", "layout.tp=1"]), gpus(), 256)
+    assert [row.n_nodes for row in wide.rows][-1] == 128
+    given = ["layout.pp=1", "layout.cp=1", "layout.tp=1", "layout.dp_replicate=1", "layout.dp_shard=16"]
+    assert [row.n_nodes for row in build_node_table(load_recipe(LLAMA_8B, given), gpus(), 256).rows] == [4]
+    with pytest.raises(PlanError, match="cannot share evenly"):
+        build_node_table(load_recipe(LLAMA_8B, given[:3]), gpus(), 256, least_nodes=256)
 
 
 def test_a_budget_buys_tokens_by_the_hour_of_a_device():

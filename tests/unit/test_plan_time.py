@@ -207,6 +207,11 @@ def test_what_data_parallelism_sends_and_no_computation_hides_is_waited_for():
     assert kept == pytest.approx(gather_s + reduce_s)
     zero = terms(dp_shard=2, accumulation=4, software=never, zero_stage=1, engine="deepspeed")["data_parallel"]
     assert zero == pytest.approx(gather_s + reduce_s)
+    # ZeRO 2 has no room for a whole gradient, so it reduces in each micro-batch.
+    split = terms(
+        dp_shard=2, accumulation=4, software=never, zero_stage=2, engine="deepspeed", reshard_after_forward=False
+    )
+    assert split["data_parallel"] == pytest.approx(gather_s + 4 * reduce_s)
     each = dataclasses.replace(never, defers_reduction=False)
     found = terms(dp_shard=2, accumulation=4, software=each)["data_parallel"]
     assert found == pytest.approx(4 * (2 * gather_s + reduce_s))
@@ -300,6 +305,12 @@ def test_a_lower_power_limit_than_the_stock_part_slows_the_products():
 def test_a_measured_rate_takes_the_place_of_the_share_of_the_peak():
     at = machine().model_copy(update={"measured": Measured(matmul_flops_per_s=ByDtype(bf16=0.8e15))})
     assert terms(at=at)["matmul"] == pytest.approx(terms()["matmul"] * 0.5 / 0.8)
+    # Attention has its share of the peak that goes with the measured half: 1.6e15.
+    assert terms(at=at)["attention"] == pytest.approx(terms()["attention"] / 1.6)
+    half = dataclasses.replace(PLAIN, memory_frac=0.5)
+    at = machine().model_copy(update={"measured": Measured(memory_bytes_per_s=0.8e13)})
+    assert terms(at=at, constants=half)["elementwise"] == pytest.approx(terms()["elementwise"] / 0.8)
+    assert terms(constants=half)["elementwise"] == pytest.approx(terms()["elementwise"] * 2)
 
 
 def test_a_device_without_any_rate_has_no_time():
