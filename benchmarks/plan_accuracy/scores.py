@@ -1,4 +1,4 @@
-"""Predictions beside measurements, and the figures of the issue's bars. Pure: no fit, no files."""
+"""Predictions beside measurements, and the figures that sum them up. Pure: no fit, no files."""
 
 from __future__ import annotations
 

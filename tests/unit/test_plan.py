@@ -198,6 +198,7 @@ def test_mfu_is_the_share_of_the_peak_of_all_devices():
     plan = make_plan(load_recipe(DEMO), cpu(measured=measured, peak=2e11), cpu_ranks=2)
     flops_per_s = plan.predicted.tokens_per_s * plan.shape.model_flops_per_token
     assert plan.predicted.mfu_frac == pytest.approx(flops_per_s / 2e11), "the ranks of a CPU node share its peak"
+    assert plan.predicted.device_hours == pytest.approx(plan.predicted.run_time_s / 3600), "and are one device"
     assert peak_flops_per_s(make_plan(load_recipe(DEMO), cpu())) is None
 
 
