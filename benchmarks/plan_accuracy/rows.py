@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -87,7 +88,7 @@ def _read(path: Path) -> Iterator[dict[str, str]]:
     with REFERENCE.open(newline="", encoding="utf-8") as file:
         blank = dict.fromkeys(next(csv.reader(file)), "")
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets put a byte order mark first
             reader = csv.DictReader(file)
             missing = [c for c in REQUIRED if c not in (reader.fieldnames or [])]
             if missing:
@@ -98,7 +99,7 @@ def _read(path: Path) -> Iterator[dict[str, str]]:
                 )
             for raw in reader:
                 yield blank | {key: (value or "").strip() for key, value in raw.items() if key is not None}
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise RowsError(f"cannot read {path}: {error}", where=str(path), do="check the path: ROWS=FILE.csv") from None
 
 
@@ -199,10 +200,15 @@ def _needed(raw: dict[str, str], column: str) -> int:
 
 
 def _rate(raw: dict[str, str], column: str) -> float | None:
+    if not raw[column]:
+        return None
     try:
-        return float(raw[column]) if raw[column] else None
+        number = float(raw[column])
     except ValueError:
         raise Skip(f"{column} is not a number: {raw[column]}") from None
+    if not 0 < number < math.inf:
+        raise Skip(f"{column} is not a positive number: {raw[column]}")
+    return number
 
 
 def layout_of(raw: dict[str, str], machine: Machine) -> Layout:
@@ -268,7 +274,7 @@ def sharding_of(raw: dict[str, str], dp: int) -> tuple[Literal[1, 2, 3], int, bo
 
 def _divisor(shard: int, dp: int) -> int:
     """A group that is larger than dp holds all of dp."""
-    if shard < dp and dp % shard:
+    if not shard or (shard < dp and dp % shard):
         raise Skip(f"sharding group of {shard} does not divide dp {dp}")
     return min(shard, dp)
 

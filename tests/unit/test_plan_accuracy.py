@@ -26,7 +26,7 @@ from benchmarks.plan_accuracy.fit import (
 from benchmarks.plan_accuracy.hardware import find_node, load_hardware, machine_of, published_network
 from benchmarks.plan_accuracy.model import flops_per_token
 from benchmarks.plan_accuracy.prior import load_prior
-from benchmarks.plan_accuracy.rows import REFERENCE, Loaded, Row, load_rows, row_of
+from benchmarks.plan_accuracy.rows import REFERENCE, Loaded, Row, Skip, load_rows, row_of
 from benchmarks.plan_accuracy.scores import Scored, rank_groups, summarize
 
 GIB = 1024**3
@@ -164,6 +164,34 @@ def test_a_row_that_cannot_be_predicted_says_why(
     found = load_rows(path)
     assert not found.rows
     assert reason in found.skipped[0][1]
+
+
+@pytest.mark.parametrize("value", ["0", "-5", "nan", "inf"])
+@pytest.mark.parametrize("column", ["tokens_s_gpu", "peak_mem_gb"])
+def test_a_measurement_that_is_no_positive_number_costs_its_row_alone(
+    raw: dict[str, dict[str, str]], tmp_path: Path, column: str, value: str
+) -> None:
+    good, bad = raw["P0001"], raw["P0001"] | {"id": "bad", column: value}
+    path = tmp_path / "rows.csv"
+    with path.open("w", newline="", encoding="utf-8-sig") as file:
+        writer = csv.DictWriter(file, list(good))
+        writer.writeheader()
+        writer.writerows([bad, good])
+    loaded = load_rows(path)
+    assert [row.id for row in loaded.rows] == ["P0001"]
+    assert loaded.skipped == [("bad", f"{column} is not a positive number: {value}")]
+
+
+def test_a_group_of_no_devices_costs_its_row_alone(raw: dict[str, dict[str, str]]) -> None:
+    with pytest.raises(Skip, match="sharding group of 0 does not divide"):
+        row_of(raw["P0001"] | {"zero_stage": "3", "sharding": "replicate 1 x shard 0"})
+
+
+def test_a_file_that_is_no_csv_is_refused_in_words(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text(REFERENCE.read_text().splitlines()[0] + "\n" + "x" * 200_000)
+    with pytest.raises(AifactoryError, match="cannot read"):
+        load_rows(path)
 
 
 def test_a_file_without_the_columns_is_refused_in_words(tmp_path: Path) -> None:
