@@ -251,7 +251,7 @@ def test_a_budget_of_device_hours_is_told_in_the_unit_of_the_site():
 
 
 def test_a_deadline_takes_the_fewest_nodes_that_meet_it():
-    machine, recipe = load_machine("leonardo-booster"), load_recipe(LLAMA_8B)
+    machine, recipe = load_machine("leonardo-booster"), load_recipe(LLAMA_8B, ONE_LAYOUT)
     n_nodes, table = choose_nodes(recipe, machine, deadline="4d")
     times_s = {row.n_nodes: row.run_time_s for row in table.rows if row.chosen.why_not is None}
     assert times_s[n_nodes] <= 4 * 86400
@@ -267,7 +267,7 @@ def test_a_budget_or_a_deadline_without_rates_says_what_to_measure():
     unknown = machine.device.model_copy(update={"name": "A new part", "peak_flops_per_s": ByDtype()})
     for wish in ({"device_hours": 100.0}, {"deadline": "10d"}):
         with pytest.raises(PlanError) as caught:
-            choose_nodes(load_recipe(LLAMA_8B), machine.model_copy(update={"device": unknown}), **wish)
+            choose_nodes(load_recipe(LLAMA_8B, ONE_LAYOUT), machine.model_copy(update={"device": unknown}), **wish)
         assert "not every rate of the devices is known" in caught.value.render()
         assert "aifactory-train probe" in caught.value.render()
 
