@@ -21,7 +21,7 @@ from aifactory_train.plan.work import Work
 from aifactory_train.units import format_bytes_per_s, format_difference, format_flops_per_s, format_fraction
 
 # Without a measured ratio: nine of ten published results lie so far from their prediction (docs/planner-accuracy.md).
-UNCALIBRATED_RANGE_FRAC = 0.35
+UNCALIBRATED_RANGE_FRAC = 0.25
 # Two runs of one plan differ by this much from day to day: neighbours on the network, clocks, which nodes.
 LEAST_RANGE_FRAC = 0.10
 

@@ -313,15 +313,3 @@ def _attention_table(at: Dims, seq_len_tokens: int, how: Kept) -> dict[str, int]
     if cpu and how.document_mask:
         kept["document mask"] = seq_len_tokens // 2 if chunked else seq_len_tokens * size
     return kept
-
-
-def elementwise_bytes_per_token(model: Model, precision: str) -> int:
-    """Bytes that the operations between the matmuls read and write per token, forward and backward.
-
-    Forward per block: two norms (read, write), RoPE on q and k, silu(gate) and its product with up, two
-    residual sums. The backward moves about twice as much. The loss passes over its fp32 logits four times.
-    """
-    d, f = model.hidden_size, model.ffn_size
-    rotated = (model.n_heads + model.n_kv_heads) * model.head_size
-    forward = 2 * 2 * d + 2 * rotated + 5 * f + 2 * 3 * d
-    return model.n_layers * 3 * forward * BYTES[precision] + 4 * 4 * model.vocab_size
