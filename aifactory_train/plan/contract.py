@@ -19,6 +19,8 @@ class Layout(Part):
 
     zero_stage: what dp_shard (together with cp) splits: 1 optimizer state, 2 and gradients, 3 and parameters.
     stages_per_rank: pipeline stages on each rank; above 1 the schedule is interleaved.
+    reduce_each_micro_batch: gradients are reduced in each micro-batch and added up as shards, instead of once per
+        step and added up unsharded.
     offload: "optimizer" keeps the optimizer state in host memory and steps there.
     device_order: the device of each local rank of a node; empty where local rank n drives device n.
     """
@@ -36,6 +38,7 @@ class Layout(Part):
     micro_batch_rows: int
     accumulation: int
     reshard_after_forward: bool
+    reduce_each_micro_batch: bool = False
     remat: Literal["none", "selective", "full"]
     compile: bool = False
     precision: Literal["fp32", "bf16", "fp8"]

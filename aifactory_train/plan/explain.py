@@ -165,12 +165,14 @@ def _layout_rows(plan: Plan) -> list[tuple[str, str]]:
     gathered = "block by block" if layout.reshard_after_forward else "once for forward and backward"
     if layout.engine == "deepspeed":
         gathered = {1: "never split", 2: "never split, gradients are", 3: "block by block"}[layout.zero_stage]
+    summed = "reduced in each micro-batch" if layout.reduce_each_micro_batch else "added up whole, reduced once a step"
     batch = f"{layout.dp} replica{'s' * (layout.dp > 1)} x {layout.accumulation} x {layout.micro_batch_rows} rows"
     return [
         ("layout", f"{axes}, {layout.engine}, {layout.precision}{', compiled' if layout.compile else ''}"),
         ("batch", f"{rows} rows of {seq} tokens = {batch}, remat {layout.remat}"),
         ("parameters", f"gathered {gathered}" if layout.shard_degree > 1 else "whole on each rank"),
         ("activations", kept[layout.remat]),
+        *([("gradients", summed)] if layout.accumulation > 1 and layout.shard_degree > 1 else []),
         *([("pipeline", f"{layout.stages_per_rank} stage(s) on each rank")] if layout.pp > 1 else []),
         *([("offload", "optimizer state in host memory")] if layout.offload == "optimizer" else []),
         ("host", f"{layout.threads_per_rank} thread(s) a rank"),

@@ -146,6 +146,8 @@ def describe(layout: Layout) -> str:
         axes.append(f"{layout.stages_per_rank} stages a rank")
     if layout.engine == "deepspeed":
         axes.append(f"deepspeed zero_stage {layout.zero_stage}")
+    elif layout.reduce_each_micro_batch and layout.accumulation > 1:
+        axes.append("gradients reduced in each micro-batch")
     if layout.offload != "none":
         axes.append(f"offload {layout.offload}")
     axes.append(f"{layout.accumulation} x {layout.micro_batch_rows} rows")

@@ -222,10 +222,11 @@ class _Rank:
         gathered = root + (0 if self.layout.reshard_after_forward else n_blocks * size)
         ahead = 2 * block if self.layout.reshard_after_forward else 0
         accumulates = self.layout.accumulation > 1
-        # Before the last micro-batch gradients add up unsharded, in the precision of the reduction.
-        waiting = self.n * reduced if accumulates and self.software.defers_reduction else 0
+        each = self.layout.reduce_each_micro_batch
+        # Before the last micro-batch gradients add up, unsharded in the precision of the reduction or as shards.
+        waiting = self.n * reduced if accumulates and not each else 0
         shards = self._shard(self.n) * FP32_BYTES
-        held = shards if accumulates and not self.software.defers_reduction else 0
+        held = shards if accumulates and each else 0
         head = self.n_table * size if self.last and self.software.loss_chunk_tokens is not None else 0
         yield (
             "in the loss",

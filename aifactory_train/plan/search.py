@@ -35,6 +35,7 @@ ALIKE_FRAC, SAME_FRAC = 0.02, 0.005
 # its limit unmaps and maps memory again and again.
 TIGHT_FRAC, TIGHT_COST_FRAC = 0.88, 0.07
 HOST_IS_SHORT = "does not fit into the memory of the host"
+_EACH = {"reduce_each_micro_batch": True}
 # Stand in for rates that nobody knows, to rank by: (matmul FLOP/s, memory bytes/s) of common parts.
 _ORDER_ONLY = {"cpu": (1e12, 1e11), "cuda": (3e14, 2e12), "rocm": (3e14, 2e12)}
 
@@ -100,7 +101,7 @@ def first_choice(layouts: Sequence[Layout], step_times_s: Sequence[float], fille
     """Index of the layout to take: the fastest that is not tight, or a like one with a larger micro-batch.
 
     Fewer micro-batches start fewer kernels and collectives, so they depend less on what the model of time does not
-    see: host, launcher, other jobs.
+    see: host, launcher, other jobs. So do fewer reductions.
 
     Args:
         filled_fracs: predicted peak of each layout over the memory of the device; 0 where that is unknown.
@@ -110,6 +111,8 @@ def first_choice(layouts: Sequence[Layout], step_times_s: Sequence[float], fille
         for seconds, filled in zip(step_times_s, filled_fracs, strict=True)
     ]
     alike = [i for i, cost_s in enumerate(costs_s) if cost_s <= min(costs_s) * (1 + ALIKE_FRAC)]
+    if any(layouts[i].engine == "fsdp2" and not layouts[i].reduce_each_micro_batch for i in alike):
+        alike = [i for i in alike if not layouts[i].reduce_each_micro_batch]
     most_rows = max(layouts[i].micro_batch_rows for i in alike)
     alike = [i for i in alike if layouts[i].micro_batch_rows == most_rows]
     same_s = min(costs_s[i] for i in alike) * (1 + SAME_FRAC)
@@ -128,6 +131,7 @@ def _complexity(layout: Layout) -> tuple[Any, ...]:
         layout.pp * layout.tp * layout.cp,
         layout.dp_replicate,
         -layout.zero_stage,
+        layout.reduce_each_micro_batch,
         layout.reshard_after_forward,
         degrees,
     )
@@ -138,7 +142,8 @@ def search(
 ) -> Ranking:
     """Rank every layout that the recipe allows on `n_nodes` nodes and that fits.
 
-    Offload is tried only where nothing else fits, or where the recipe names it.
+    Offload is tried only where nothing else fits but by reducing gradients in each micro-batch, or where the recipe
+    names it.
 
     Args:
         cpu_ranks: ranks per node on a machine without GPUs; without meaning on others.
@@ -147,8 +152,8 @@ def search(
     found = _Search(recipe, machine, n_nodes, cpu_ranks, precision or choose_precision(recipe, machine))
     wish = recipe.layout.offload
     candidates = found.run("none") if wish != "optimizer" else []
-    if not candidates and wish != "none":
-        candidates = found.run("optimizer") if wish == "optimizer" or not found.on_cpu else []
+    if wish != "none" and all(c.layout.engine == "fsdp2" and c.layout.reduce_each_micro_batch for c in candidates):
+        candidates += found.run("optimizer") if wish == "optimizer" or not found.on_cpu else []
     candidates.sort(key=lambda c: (c.step_time_s, _complexity(c.layout)))
     return Ranking(candidates, dict(found.dropped), found.least, found.limit_bytes, found.order_only)
 
@@ -214,7 +219,8 @@ class _Search:
                 continue
             for engine, zero_stage, reshard in self._engines(degrees, offload):
                 kind = {"engine": engine, "zero_stage": zero_stage, "reshard_after_forward": reshard}
-                yield common | kind | {"stages_per_rank": stages}, micros
+                each = wish.reduce_each_micro_batch is True or (engine == "deepspeed" and zero_stage > 1)
+                yield common | kind | {"stages_per_rank": stages, "reduce_each_micro_batch": each}, micros
 
     def _device_order(self, degrees: Degrees) -> list[int]:
         """The innermost axis decides it, so that it is looked for once per degree of that."""
@@ -240,11 +246,17 @@ class _Search:
         if self.work.optimizer != "adamw" or (self.on_cpu and not named and wish.zero_stage == "auto"):
             return
         for zero_stage in (1, 2, 3) if named else (1, 2):
-            if wish.zero_stage in ("auto", zero_stage) and wish.reshard_after_forward in ("auto", zero_stage == 3):
+            # From stage 2 on it holds its share of the gradients alone, so they have nowhere to wait.
+            asked = wish.zero_stage, wish.reshard_after_forward, wish.reduce_each_micro_batch
+            given = zero_stage, zero_stage == 3, zero_stage > 1
+            if all(a in ("auto", g) for a, g in zip(asked, given, strict=True)):
                 yield "deepspeed", zero_stage, zero_stage == 3
 
     def _fitting(self, base: dict[str, Any], micros: list[int]) -> Iterator[tuple[Layout, Memory]]:
-        """For each remat the largest micro-batch that fits and the next smaller ones; no remat where none is needed."""
+        """For each remat the largest micro-batch that fits and the next smaller ones; no remat where none is needed.
+
+        Gradients that may be reduced in each micro-batch are, where that makes room for larger ones.
+        """
         wish = self.recipe.layout.remat
         remats: list[Remat] = ["none", "selective", "full"] if wish == "auto" else [wish]
         if self.limit_bytes is None:
@@ -253,6 +265,9 @@ class _Search:
         # One micro-batch alone holds no gradients between micro-batches, so it may fit where smaller ones do not.
         least = base | {"remat": remats[-1]}
         smallest = min((self._sized(least, m) for m in {micros[0], micros[-1]}), key=lambda s: s[1].peak_bytes)
+        may_reduce = self._may_reduce_each(base)
+        if may_reduce and not self._fits(smallest):
+            smallest = min(smallest, self._sized(least | _EACH, micros[0]), key=lambda s: s[1].peak_bytes)
         if not self._fits(smallest):
             self.dropped["does not fit"] += 1
             if self.least is None or smallest[1].peak_bytes < self.least[1].peak_bytes:
@@ -265,9 +280,17 @@ class _Search:
         for remat in remats:
             fitting = list(itertools.islice(self._largest_first(base | {"remat": remat}, micros), n_sizes))
             yield from fitting
+            if may_reduce:
+                roomy_rows = next((at.micro_batch_rows for at, memory in fitting if not self._is_tight(memory)), 0)
+                larger = [m for m in micros if roomy_rows < m < self._replica_rows(base)]
+                yield from itertools.islice(self._largest_first(base | _EACH | {"remat": remat}, larger), 2)
             # Selective is no reason to stop: what this version can train comes after it.
             if fitting and remat == "none" and self._is_full(fitting[0][0], micros[-1]):
                 return
+
+    def _may_reduce_each(self, base: dict[str, Any]) -> bool:
+        wish, n_shards = self.recipe.layout.reduce_each_micro_batch, base["dp_shard"] * base["cp"]
+        return wish == "auto" and base["engine"] == "fsdp2" and n_shards > 1
 
     def _is_full(self, layout: Layout, most: int) -> bool:
         tokens = layout.micro_batch_rows * self.work.seq_len_tokens // layout.cp
@@ -276,7 +299,7 @@ class _Search:
     def _largest_first(self, base: dict[str, Any], micros: list[int]) -> Iterator[tuple[Layout, Memory]]:
         """Those that fit; memory grows with the micro-batch up to the last but one."""
         below = len(micros)
-        if self._fits(whole := self._sized(base, micros[-1])):
+        if micros and self._fits(whole := self._sized(base, micros[-1])):
             yield whole
             below -= 1
         low, high = 0, below
@@ -295,10 +318,16 @@ class _Search:
         return self._sized(base, micro)
 
     def _sized(self, base: dict[str, Any], micro: int) -> tuple[Layout, Memory]:
-        rows = self.work.global_batch_rows // (base["dp_replicate"] * base["dp_shard"])
         # Unchecked, because every field is ours: validation would be a third of the time of a search.
-        layout = Layout.model_construct(**base, micro_batch_rows=micro, accumulation=rows // micro)
+        layout = Layout.model_construct(**base, micro_batch_rows=micro, accumulation=self._replica_rows(base) // micro)
         return layout, estimate_memory(self.work, self.machine.device.kind, layout)
+
+    def _replica_rows(self, base: dict[str, Any]) -> int:
+        return self.work.global_batch_rows // (base["dp_replicate"] * base["dp_shard"])
+
+    def _is_tight(self, memory: Memory) -> bool:
+        assert self.limit_bytes is not None
+        return memory.peak_bytes > TIGHT_FRAC * self.limit_bytes
 
     def _fits(self, sized: tuple[Layout, Memory]) -> bool:
         assert self.limit_bytes is not None

@@ -194,7 +194,7 @@ def _data_parallel_s(
     """Per step: gathers of weights and reductions of gradients, as far as no computation hides them.
 
     FSDP (zero_stage 3) gathers block by block in each micro-batch, hidden behind it; gradients are reduced in the
-    last one, or in each where the software does so (ZeRO 2 too). ZeRO 1 and 2 gather the weights once after the
+    last one, or in each where the layout says so (ZeRO 2 too). ZeRO 1 and 2 gather the weights once after the
     optimizer and reduce beside the last backward pass.
     """
     if layout.dp * layout.cp == 1:
@@ -212,12 +212,11 @@ def _data_parallel_s(
     if layout.dp_replicate > 1:
         part_bytes = gradient_bytes / layout.shard_degree / n_layers
         reduce_s += n_layers * collective_s("all_reduce", part_bytes, replicate)
-    # DeepSpeed from stage 2 on holds its share of the gradients alone, so it has nowhere to let them wait.
-    defers = software.defers_reduction and layout.engine == "fsdp2"
-    if layout.zero_stage == 3 or (layout.zero_stage == 2 and not defers):
+    each = layout.reduce_each_micro_batch
+    if layout.zero_stage == 3 or (layout.zero_stage == 2 and each):
         gathers_s = gather_s * (2 if layout.reshard_after_forward else 1)
         again_s = gathers_s if layout.reshard_after_forward else 0.0
-        again_s += 0.0 if defers else reduce_s
+        again_s += reduce_s if each else 0.0
         last_s = _exposed_s(gathers_s + reduce_s, micro_s, software, constants, n_layers)
         return last_s + (layout.accumulation - 1) * _exposed_s(again_s, micro_s, software, constants, n_layers)
     window_s = micro_s * (1 if layout.accumulation > 1 or layout.pp == 1 else 0.7)

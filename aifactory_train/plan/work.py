@@ -55,7 +55,6 @@ class Software:
     gathers_by_broadcast: after a sharded optimizer each rank broadcasts its share of the weights.
     overlap_tp: gathers and reductions of tp run beside the matrix products that they belong to, piece by piece.
     fp32_states: master weights and the optimizer's moments are fp32, else in the precision of the model.
-    defers_reduction: FSDP reduces gradients once a step, and adds them up unsharded until then; else each micro-batch.
     flat_step: ZeRO lays gradients out in long fp32 tensors for the step, which find no room in what activations left.
     stops_recomputing_early: full remat leaves out the last product of a block, whose result nothing needs (torch's
         own checkpoint from 2.1 on); else it repeats the whole forward.
@@ -75,7 +74,6 @@ class Software:
     gathers_by_broadcast: bool = False
     overlap_tp: bool = False
     fp32_states: bool = True
-    defers_reduction: bool = True
     flat_step: bool = False
     stops_recomputing_early: bool = True
     n_fp32_logits: int = 3

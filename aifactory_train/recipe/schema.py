@@ -177,6 +177,7 @@ class Layout(Strict):
     zero_stage: Literal[1, 2, 3] | Auto = "auto"
     stages_per_rank: Count | Auto = "auto"
     reshard_after_forward: bool | Auto = "auto"
+    reduce_each_micro_batch: bool | Auto = "auto"
     remat: Literal["none", "selective", "full"] | Auto = "auto"
     offload: Literal["none", "optimizer"] | Auto = "auto"
 

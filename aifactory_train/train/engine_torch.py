@@ -70,13 +70,13 @@ class TorchEngine:
         return StepStats(loss_sum, n_valid_tokens, norm, self.plan.recipe.optim.lr * factor)
 
     def _forward_backward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Gradients of (sum of losses / global count of valid tokens). One reduction, after the last micro-batch."""
+        """Gradients of (sum of losses / global count of valid tokens), reduced as the layout says."""
         n_valid_tokens = torch.full((), float(batch.n_valid_tokens), device=self.device)  # no copy, so no sync
         dist.all_reduce(n_valid_tokens)  # axis dp_shard: every rank has a batch at every step
         loss_sum = torch.zeros((), device=self.device)
-        rows = self.plan.layout.micro_batch_rows
+        rows, each = self.plan.layout.micro_batch_rows, self.plan.layout.reduce_each_micro_batch
         for start in range(0, batch.input_BT.shape[0], rows):
-            self.root.set_requires_gradient_sync(start + rows >= batch.input_BT.shape[0])
+            self.root.set_requires_gradient_sync(each or start + rows >= batch.input_BT.shape[0])
             tensors = (batch.input_BT, batch.target_BT, batch.document_BT, batch.position_BT)
             micro = [None if t is None else t[start : start + rows].to(self.device, non_blocking=True) for t in tensors]
             micro_loss = self.parts.root(*micro)

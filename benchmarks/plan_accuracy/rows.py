@@ -240,6 +240,8 @@ def layout_of(raw: dict[str, str], machine: Machine) -> Layout:
         micro_batch_rows=micro,
         accumulation=accumulation,
         reshard_after_forward=reshard,
+        # FSDP in llm-foundry, torchtitan and torchtune, and DeepSpeed from stage 2 on reduce with each backward pass.
+        reduce_each_micro_batch=zero_stage > 1,
         remat=remat_of(raw["act_ckpt"], raw["framework"])[0],
         compile=raw["compile"].startswith("yes"),
         precision=precision_of(raw["precision"]),

@@ -18,7 +18,6 @@ _HAND_FUSED = Software(
     fused_elementwise=True,
     loss_chunk_tokens=None,
     n_fp32_logits=1,
-    defers_reduction=False,
     stops_recomputing_early=False,
 )
 
@@ -85,14 +84,12 @@ FRAMEWORKS: tuple[tuple[str, Software, str], ...] = (
     ),
     (
         r"llm-foundry",
-        dataclasses.replace(
-            _HAND_FUSED, attention="flash1", fused_elementwise=False, n_fp32_logits=0, defers_reduction=False
-        ),
+        dataclasses.replace(_HAND_FUSED, attention="flash1", fused_elementwise=False, n_fp32_logits=0),
         "2023, FSDP1, eager: only attention (first generation) and the loss (loss_fn: fused_crossentropy) are fused",
     ),
     (
         r"torchtitan",
-        Software(loss_chunk_tokens=None, defers_reduction=False),
+        Software(loss_chunk_tokens=None),
         "fused where the row is compiled; whole logits",
     ),
     (
@@ -105,19 +102,17 @@ FRAMEWORKS: tuple[tuple[str, Software, str], ...] = (
     (r"PaddleNLP", _HAND_FUSED, "flash attention, fused RoPE and RMSNorm"),
     (
         r"Liger",
-        Software(attention="flash3", fused_elementwise=True, overlap_dp=False, defers_reduction=False),
+        Software(attention="flash3", fused_elementwise=True, overlap_dp=False),
         "attention 3 or 4; Liger kernels: fused norms and a loss in chunks; DeepSpeed ZeRO-3",
     ),
     (
         r"torchtune",
-        Software(loss_chunk_tokens=None, fp32_gradients=False, fp32_states=False, defers_reduction=False),
+        Software(loss_chunk_tokens=None, fp32_gradients=False, fp32_states=False),
         "pure bf16; fused where the row is compiled",
     ),
     (r"nanotron", dataclasses.replace(_HAND_FUSED, fused_elementwise=False), "flash attention 2, eager"),
 )
-UNKNOWN = Software(
-    loss_chunk_tokens=None, defers_reduction=False
-)  # flash attention, whole logits, fused where compiled
+UNKNOWN = Software(loss_chunk_tokens=None)  # flash attention, whole logits, fused where compiled
 
 
 def software_of(row: Mapping[str, str]) -> tuple[Software, bool]:

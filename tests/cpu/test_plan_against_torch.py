@@ -165,7 +165,8 @@ def tracked_peak(model, layout, n_rows):
 
             def step(tracker=None):
                 for done in range(layout.accumulation):
-                    decoder.set_requires_gradient_sync(done == layout.accumulation - 1)
+                    each = layout.reduce_each_micro_batch
+                    decoder.set_requires_gradient_sync(each or done == layout.accumulation - 1)
                     if tracker is not None:
                         tracker.reset_mod_stats()
                     decoder(tokens, tokens).backward()
@@ -187,6 +188,7 @@ CASES = [
     (8, {}, 1),
     (8, {"remat": "full"}, 4),
     (8, {"remat": "full", "accumulation": 2}, 1),
+    (8, {"remat": "full", "accumulation": 2, "reduce_each_micro_batch": True}, 1),
     (8, {"reshard_after_forward": False}, 1),
     (8, {"precision": "fp32"}, 1),
     (64, {}, 4),

@@ -24,6 +24,7 @@ from training_runs import aifactory, write_recipe
 WISHES: dict[str, dict[str, object]] = {
     "auto": {},
     "remat-full": {"layout__remat": "full", "layout__reshard_after_forward": False, "train__micro_batch_rows": 4},
+    "reduced-each": {"layout__reduce_each_micro_batch": True, "train__micro_batch_rows": 2},
     "remat-selective": {"layout__remat": "selective"},
     "tp": {"layout__tp": 2},
     "cp": {"layout__cp": 2},
@@ -60,7 +61,7 @@ def trained(plan: Plan, folder: Path) -> str | None:
 
 @pytest.mark.parametrize(
     ("wish", "ranks"),
-    [("auto", 1), ("auto", 2), ("auto", 4), ("remat-full", 2)],
+    [("auto", 1), ("auto", 2), ("auto", 4), ("remat-full", 2), ("reduced-each", 2)],
 )
 def test_a_layout_that_is_called_trainable_trains(words, tmp_path, wish, ranks):
     plan, candidates = proposed(words, tmp_path, wish, ranks)

@@ -16,6 +16,7 @@ CASES = {
         "model__tied_embeddings": True,
     },
     "accumulation": {"train__micro_batch_rows": 2},
+    "reduced-each": {"train__micro_batch_rows": 1, "layout__reduce_each_micro_batch": True},
     "resharded": {"layout__reshard_after_forward": True},
     "compiled": {"train__compile": True},
     "remat": {"layout__remat": "full"},
@@ -27,10 +28,11 @@ CASES = {
 def one_process(words, tmp_path_factory):
     """The curve of one process, made once for each case that needs its own."""
     curves = {}
+    alike = ("accumulation", "reduced-each", "resharded", "compiled", "remat", "remat-compiled")
 
     def curve(case: str):
         # How one rank cuts its rows, and when FSDP gathers, must not be seen in the numbers.
-        key = "adamw" if case in ("accumulation", "resharded", "compiled", "remat", "remat-compiled") else case
+        key = "adamw" if case in alike else case
         if key not in curves:
             folder = tmp_path_factory.mktemp(key)
             curves[key] = launched(write_recipe(folder, **words, **CASES[key]), folder / "run", 1)
@@ -49,6 +51,7 @@ def one_process(words, tmp_path_factory):
         ("plain-rows-tied-qwen3", 2),
         ("accumulation", 1),
         ("accumulation", 2),
+        ("reduced-each", 2),
         ("resharded", 2),
         ("compiled", 2),
         ("remat", 2),

@@ -48,7 +48,7 @@ def four_silent_ranks():
     dist.destroy_process_group()
 
 
-def small_plan(micro_batch_rows: int, optimizer: str = "adamw", world_size: int = 1) -> Plan:
+def small_plan(micro_batch_rows: int, optimizer: str = "adamw", world_size: int = 1, **changes) -> Plan:
     plan = a_plan()
     optim = plan.recipe.optim.model_copy(update={"name": optimizer})
     recipe = plan.recipe.model_copy(update={"model": Model(**MODEL), "optim": optim})
@@ -57,7 +57,7 @@ def small_plan(micro_batch_rows: int, optimizer: str = "adamw", world_size: int 
     return plan.model_copy(
         update={
             "recipe": recipe,
-            "layout": plan.layout.model_copy(update={**cut, "world_size": world_size, "dp_shard": world_size}),
+            "layout": plan.layout.model_copy(update={**cut, **changes}),
         }
     )
 
@@ -109,6 +109,13 @@ def test_accumulation_reduces_gradients_once(four_silent_ranks):
             engine.train_step(batch, 2)
         counts.append(calls.count("reduce_scatter"))
     assert counts == [MODEL["n_layers"] + 1] * 2, "one for each block and one for the rest"
+
+
+def test_gradients_may_be_reduced_in_each_micro_batch(four_silent_ranks):
+    engine = engine_after_one_step(small_plan(2, world_size=4, reduce_each_micro_batch=True))
+    with Calls() as calls:
+        engine.train_step(a_batch(), 2)
+    assert calls.count("reduce_scatter") == 4 * (MODEL["n_layers"] + 1)
 
 
 def test_a_rehearsal_changes_nothing(one_rank):

@@ -66,6 +66,7 @@ def test_a_torchtitan_row_is_fsdp_over_8_devices_with_selective_remat(rows: dict
     layout, model = row.layout, row.work.model
     assert (layout.dp_shard, layout.dp_replicate, layout.pp, layout.cp, layout.tp) == (8, 1, 1, 1, 1)
     assert (layout.zero_stage, layout.engine, layout.reshard_after_forward) == (3, "fsdp2", True)
+    assert layout.reduce_each_micro_batch
     assert (layout.micro_batch_rows, layout.accumulation, layout.remat, layout.compile) == (2, 1, "selective", False)
     assert (model.n_heads, model.n_kv_heads, model.head_size, model.ffn_size) == (32, 8, 128, 14336)
     assert not model.tied_embeddings

@@ -158,8 +158,18 @@ def test_parameters_are_gathered_a_block_ahead_or_all_of_them():
 def test_accumulation_holds_the_gradients_of_the_whole_model_where_they_are_reduced_once():
     how = layout(accumulation=2)
     assert moment("in the loss", how)["unsharded_gradients"] == 4 * N
-    each = moment("in the loss", how, software=dataclasses.replace(OURS, defers_reduction=False))
-    assert each["unsharded_gradients"] == 0 and each["gradients"] == 4 * N / 8
+
+
+def test_gradients_reduced_in_each_micro_batch_wait_as_fp32_shards():
+    how = layout(accumulation=2, reduce_each_micro_batch=True)
+    waiting = moment("in the loss", how)
+    assert waiting["unsharded_gradients"] == 0 and waiting["gradients"] == 4 * N / 8
+    # In the first block are still: bf16 gradients of its down and of the head, whose loss goes by chunks.
+    first = moment("in the backward pass of the first block", how)
+    assert first["unsharded_gradients"] == 2 * (64 * 128 + N_TABLE) and first["gradients"] == 4 * N / 8
+    # One micro-batch has nothing to wait for.
+    alone = [moment("in the loss", layout(reduce_each_micro_batch=each)) for each in (True, False)]
+    assert alone[0] == alone[1] and alone[0]["gradients"] == 0
 
 
 def test_the_gradients_of_the_root_are_reduced_from_a_copy_in_fp32():

@@ -209,12 +209,14 @@ def test_what_data_parallelism_sends_and_no_computation_hides_is_waited_for():
     assert zero == pytest.approx(gather_s + reduce_s)
     # ZeRO 2 has no room for a whole gradient, so it reduces in each micro-batch.
     split = terms(
-        dp_shard=2, accumulation=4, software=never, zero_stage=2, engine="deepspeed", reshard_after_forward=False
-    )
+        dp_shard=2, accumulation=4, software=never, zero_stage=2, engine="deepspeed", reshard_after_forward=False,
+        reduce_each_micro_batch=True,
+    )  # fmt: skip
     assert split["data_parallel"] == pytest.approx(gather_s + 4 * reduce_s)
-    each = dataclasses.replace(never, defers_reduction=False)
-    found = terms(dp_shard=2, accumulation=4, software=each)["data_parallel"]
-    assert found == pytest.approx(4 * (2 * gather_s + reduce_s))
+    each = {"dp_shard": 2, "accumulation": 4, "reduce_each_micro_batch": True}
+    assert terms(software=never, **each)["data_parallel"] == pytest.approx(4 * (2 * gather_s + reduce_s))
+    kept = terms(software=never, reshard_after_forward=False, **each)["data_parallel"]
+    assert kept == pytest.approx(gather_s + 4 * reduce_s)
 
 
 def test_replicas_all_reduce_their_shards_and_some_software_broadcasts_its_weights():
