@@ -18,19 +18,19 @@ from aifactory_train import units
 from aifactory_train.machine.machine import Machine
 from aifactory_train.plan import shape
 from aifactory_train.plan.contract import Layout
+from aifactory_train.plan.failures import (
+    MAX_SEGMENT_MTBFS,
+    PACKAGE_MTBF_RANGE_H,
+    best_interval_s,
+    devices_per_package,
+    expected_time_s,
+    mtbf_s,
+)
 from aifactory_train.plan.rates import family_rates
 from aifactory_train.recipe.schema import Recipe
 
 if TYPE_CHECKING:
     from aifactory_train.plan.plan import Plan
-
-# No site publishes how often its nodes fail. 419 unexpected interruptions in 54 days on 16 384 H100 (The Llama 3 Herd
-# of Models, 2024, table 5): 16384 * 54 * 24 / 419 hours of one device between two of them.
-DEVICE_MTBF_H = 50_700.0
-# From jobs on 1024 A100 in one cluster, one failure in 7.9 h, to 2.34 failures in 1000 node-days of 8 A100 in another,
-# 11 months each (arXiv 2410.21680).
-DEVICE_MTBF_RANGE_H = (8_100.0, 82_100.0)
-FAILURES = "a device fails once in 5.8 years, as in the training of Llama 3; elsewhere once in 0.9 to 9.4 years"
 
 # One rank's stream to a busy parallel file system, and the share of it that is left to one job, as faults/deadline.py
 # takes them as long as no save was measured: a cautious guess.
@@ -47,10 +47,10 @@ STARTUP_S = 180.0
 # CPU, the upper end is too high.
 NODE_POWER_FRAC = (0.6 + 0.2, 1.0 + 0.5)
 
-# Segments longer than so many mean times between failures hardly ever end.
-MAX_SEGMENT_MTBFS = 10.0
-# Another interval of checkpoints is worth a line from this share of the run's time on.
-NOTABLE_OVERHEAD_FRAC = 0.002
+# Checkpoints are advised as rare as they may be with stalls and lost work at this share of the run's time.
+ADVISED_OVERHEAD_FRAC = 0.01
+# Nor any rarer than this where no limit of a job is known: a job saves at its end.
+LONGEST_INTERVAL_S = 24 * 3600.0
 
 
 @dataclass(frozen=True)
@@ -70,20 +70,22 @@ class SaveCost:
 
     write_s: float
     stall_s: float
-    assumed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class RunCost:
     """Of the whole run. `held_time_s`: devices held by its jobs, failures included, waiting in the queue not.
 
-    training_time_s: the steps alone. best_every_steps: the interval of checkpoints with the least held time.
+    training_time_s: the steps alone. step_time_s: of one of them.
+    best_every_steps: the rarest checkpoints with an overhead of ADVISED_OVERHEAD_FRAC or less, else with the least;
+        never closer to each other than the time that one takes to be written, nor farther than a job is long.
     stall_frac, lost_frac: time of saves, and of failures, as shares of training_time_s.
     makes_progress: False where failures come so much faster than checkpoints that the run does not end; its times
         are then of no use. energy_kwh: lowest and highest at the nodes' plugs, cooling (PUE) not included.
-    assumed: one sentence for each number behind it that nobody has published or measured on this machine.
+    expected_failures: in held_time_s; failures_range: at the rates of the clusters where fewest and most were counted.
     """
 
+    step_time_s: float
     training_time_s: float
     held_time_s: float
     job_time_s: float | None
@@ -98,13 +100,13 @@ class RunCost:
     save: SaveCost
     mtbf_s: float
     expected_failures: float
+    failures_range: tuple[float, float]
     every_steps: int
     best_every_steps: int
     stall_frac: float
     lost_frac: float
     best_overhead_frac: float
     makes_progress: bool
-    assumed: tuple[str, ...]
 
     @property
     def overhead_frac(self) -> float:
@@ -151,45 +153,11 @@ def assumed_save_bytes_per_s(n_ranks: int) -> float:
 
 def estimate_save(machine: Machine, layout: Layout, n_bytes: int, asynchronous: bool) -> SaveCost:
     """Seconds of one save of `n_bytes` by all ranks together."""
-    rate, assumed = machine.measured.checkpoint_bytes_per_s, []
-    if rate is None:
-        rate = assumed_save_bytes_per_s(layout.world_size)
-        assumed.append(
-            f"assumed: {units.format_bytes_per_s(rate)} into the file system for one job; "
-            "`aifactory-train calibrate` measures it"
-        )
-    write_s = n_bytes / rate
+    write_s = n_bytes / (machine.measured.checkpoint_bytes_per_s or assumed_save_bytes_per_s(layout.world_size))
     if not asynchronous:
-        return SaveCost(write_s, write_s, tuple(assumed))
+        return SaveCost(write_s, write_s)
     staged_per_s = min(STAGE_BYTES_PER_S, machine.topology.host_bytes_per_s or STAGE_BYTES_PER_S)
-    return SaveCost(write_s, n_bytes / (staged_per_s * layout.world_size), tuple(assumed))
-
-
-def mtbf_s(n_devices: int) -> float:
-    """Mean time between failures that end a job on so many devices: assumed, see DEVICE_MTBF_H."""
-    return DEVICE_MTBF_H * 3600 / n_devices
-
-
-def best_interval_s(stall_s: float, mtbf_s: float) -> float:
-    """Seconds of training between two saves that cost the least (Daly 2006, equation 37).
-
-    Its first term, sqrt(2 * stall * mtbf), is Young's (1974), which is enough where a save is short.
-    """
-    if stall_s >= 2 * mtbf_s:
-        return mtbf_s
-    x = math.sqrt(stall_s / (2 * mtbf_s))
-    return math.sqrt(2 * stall_s * mtbf_s) * (1 + x / 3 + x * x / 9) - stall_s
-
-
-def expected_time_s(training_s: float, interval_s: float, stall_s: float, restart_s: float, mtbf_s: float) -> float:
-    """Time to do `training_s` of steps with a save after each `interval_s`, under failures at random (Daly 2006, 20).
-
-    Exact for exponential failures: each segment of interval and save is done again until it passes whole, and what
-    comes between a failure and the lost work (`restart_s`) can fail too.
-    """
-    segment = min((interval_s + stall_s) / mtbf_s, MAX_SEGMENT_MTBFS)
-    restart = min(restart_s / mtbf_s, MAX_SEGMENT_MTBFS)
-    return training_s / interval_s * mtbf_s * math.exp(restart) * math.expm1(segment)
+    return SaveCost(write_s, n_bytes / (staged_per_s * layout.world_size))
 
 
 def n_chained_jobs(work_s: float, job_time_s: float | None, first_s: float, next_s: float) -> int | None:
@@ -224,11 +192,12 @@ def estimate_run_cost(
     job_time_s = job_time_s or job_limit_s(machine)
     n_devices = layout.n_nodes * machine.device.per_node
     save = estimate_save(machine, layout, size.checkpoint_bytes, size.asynchronous_save)
-    between_s = mtbf_s(n_devices)
+    n_packages = n_devices / devices_per_package(machine.device)
+    between_s = mtbf_s(n_packages)
     training_s = size.n_steps * step_time_s
     every = min(size.checkpoint_every_steps, size.n_steps)
-    best_s = max(best_interval_s(save.stall_s, between_s), save.write_s)
-    best_every = min(max(1, round(best_s / step_time_s)), size.n_steps)
+    most_steps = min(size.n_steps, max(1, int((job_time_s or LONGEST_INTERVAL_S) / step_time_s)))
+    best_every = advised_every_steps(save, between_s, step_time_s, most_steps)
     stall_frac, lost_frac, ends = _overhead(every * step_time_s, save, between_s)
     best_stall_frac, best_lost_frac, _ = _overhead(best_every * step_time_s, save, between_s)
     work_s = training_s * (1 + stall_frac + lost_frac)
@@ -237,8 +206,9 @@ def estimate_run_cost(
     held_s = work_s + first_s + ((n_jobs or 1) - 1) * (first_s + save.write_s)
     amount, unit = estimate_cost(machine, layout.n_nodes, held_s)
     device_hours = n_devices * held_s / 3600
-    energy_kwh, power_assumed = _energy(machine, device_hours)
+    most_s, least_s = (mtbf_s(n_packages, hours) for hours in PACKAGE_MTBF_RANGE_H)
     return RunCost(
+        step_time_s=step_time_s,
         training_time_s=training_s,
         held_time_s=held_s,
         job_time_s=job_time_s,
@@ -248,24 +218,37 @@ def estimate_run_cost(
         grant_amount=amount,
         grant_unit=unit,
         tokens_per_device_hour=size.n_steps * size.step_tokens / device_hours,
-        energy_kwh=energy_kwh,
+        energy_kwh=_energy_kwh(machine, device_hours),
         checkpoint_bytes=size.checkpoint_bytes,
         save=save,
         mtbf_s=between_s,
         expected_failures=held_s / between_s,
+        failures_range=(held_s / least_s, held_s / most_s),
         every_steps=every,
         best_every_steps=best_every,
         stall_frac=stall_frac,
         lost_frac=lost_frac,
         best_overhead_frac=best_stall_frac + best_lost_frac,
         makes_progress=ends and n_jobs is not None,
-        assumed=(
-            f"assumed: {FAILURES}",
-            *save.assumed,
-            f"assumed: {units.format_seconds(STARTUP_S)} to start each job",
-            *power_assumed,
-        ),
     )
+
+
+def advised_every_steps(save: SaveCost, between_s: float, step_time_s: float, most_steps: int) -> int:
+    """Steps between two saves, see RunCost.best_every_steps."""
+
+    def overhead_frac(every_steps: int) -> float:
+        stall_frac, lost_frac, _ = _overhead(every_steps * step_time_s, save, between_s)
+        return stall_frac + lost_frac
+
+    least = min(max(1, math.ceil(save.write_s / step_time_s)), most_steps)
+    cheapest = min(max(round(best_interval_s(save.stall_s, between_s) / step_time_s), least), most_steps)
+    if overhead_frac(cheapest) > ADVISED_OVERHEAD_FRAC:
+        return cheapest
+    low, high = cheapest, most_steps  # beyond the cheapest the overhead only grows
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if overhead_frac(middle) <= ADVISED_OVERHEAD_FRAC else (low, middle - 1)
+    return low
 
 
 def tokens_for_device_hours(cost: RunCost, device_hours: float) -> int:
@@ -283,24 +266,37 @@ def _overhead(interval_s: float, save: SaveCost, between_s: float) -> tuple[floa
     return stall_s / interval_s, max(0.0, total - 1 - stall_s / interval_s), ends
 
 
-def _energy(machine: Machine, device_hours: float) -> tuple[tuple[float, float] | None, list[str]]:
-    """kWh from least to most, and what is assumed for it."""
-    power_w, assumed = machine.device.power_w, []
-    family = None if machine.device.kind == "cpu" else family_rates(machine.device.name)
-    if power_w is None and family is not None:
-        power_w = family.power_w
-        assumed.append(f"assumed: {machine.device.name} draws {units.format_watts(power_w)} at most, as {family.name}")
+def peak_power_w(machine: Machine) -> tuple[float | None, str | None]:
+    """(the most that a device draws, name of the stock part where it is that one's)."""
+    if machine.device.power_w is not None or machine.device.kind == "cpu":
+        return machine.device.power_w, None
+    family = family_rates(machine.device.name)
+    return (None, None) if family is None else (family.power_w, family.name)
+
+
+def _energy_kwh(machine: Machine, device_hours: float) -> tuple[float, float] | None:
+    power_w = peak_power_w(machine)[0]
     if power_w is None:
-        return None, []
+        return None
     low, high = (device_hours * power_w * frac / 1000 for frac in NODE_POWER_FRAC)
-    return (low, high), assumed
+    return low, high
 
 
 def run_cost_of(plan: Plan, job_time_s: float | None = None) -> RunCost | None:
     """The cost of a plan's run; None where no step time is predicted."""
     step_time_s = plan.predicted.total_step_time_s
-    if step_time_s is None:
+    return None if step_time_s is None else _cost_at(plan, step_time_s, job_time_s)
+
+
+def run_cost_range_of(plan: Plan, job_time_s: float | None = None) -> tuple[RunCost, RunCost] | None:
+    """At the fast and at the slow end of the predicted step time; None where no range is known."""
+    low_s, high_s = plan.predicted.step_time_low_s, plan.predicted.step_time_high_s
+    if low_s is None or high_s is None:
         return None
+    return _cost_at(plan, low_s, job_time_s), _cost_at(plan, high_s, job_time_s)
+
+
+def _cost_at(plan: Plan, step_time_s: float, job_time_s: float | None) -> RunCost:
     # Saves are counted here, with those that fail.
     step_time_s -= plan.predicted.step_time_s.get("checkpoint_stall") or 0.0
     return estimate_run_cost(plan.machine, plan.layout, run_size_of(plan.recipe), step_time_s, job_time_s)
@@ -314,40 +310,58 @@ def render_cost(plan: Plan, job_time_s: float, job_time: str) -> list[str]:
     cost = run_cost_of(plan, job_time_s)
     if cost is None:
         return ["the run: not predicted, no rate of the devices is known", one_job]
-    bound = "at least" if None in plan.predicted.step_time_s.values() else "about"
-    return [*render_run_cost(cost, bound), one_job]
+    if None in plan.predicted.step_time_s.values():
+        return [*render_run_cost(cost, None, "at least"), one_job]
+    return [*render_run_cost(cost, run_cost_range_of(plan, job_time_s)), one_job]
 
 
-def render_run_cost(cost: RunCost, bound: str = "about") -> list[str]:
-    """Lines for people; what is assumed stands in `cost.assumed`."""
+def render_run_cost(cost: RunCost, within: tuple[RunCost, RunCost] | None = None, bound: str = "about") -> list[str]:
+    """Lines for people. `within`: the same run at the fast and at the slow end of its predicted step time."""
     if not cost.makes_progress:
         return [_endless(cost)]
-    node_hours = "" if cost.grant_unit.startswith("node-hour") else f"{_shown(cost.node_hours)} node-hours, "
-    jobs = "1 job" if cost.n_jobs == 1 else f"{cost.n_jobs} chained jobs"
+    fast, slow = within or (cost, cost)
+    unit = hours_of(cost.grant_unit)
+    amounts = [_shown(c.grant_amount) for c in (fast, cost, slow)]
+    times = [units.format_seconds(c.held_time_s) for c in (fast, cost, slow)]
+    node_hours = "" if unit.startswith("node-hour") else f"{_shown(cost.node_hours)} node-hours, "
     limit = ", as no limit of a job's time is known"
     if cost.job_time_s is not None:
         limit = f" of at most {units.format_seconds(cost.job_time_s)}"
-    run = f"{_shown(cost.grant_amount)} {hours_of(cost.grant_unit)}"
+    least, most = fast.n_jobs, slow.n_jobs
+    jobs = f"{least} to {most} chained jobs" if least != most else "1 job" if most == 1 else f"{most} chained jobs"
     lines = [
-        f"the run: {bound} {run} ({node_hours}{_shown(cost.device_hours)} device-hours)",
-        f"time: {bound} {units.format_seconds(cost.held_time_s)} in {jobs}{limit}, waiting in the queue not counted",
+        f"the run: {_within(amounts, bound)} {unit} ({bound} {node_hours}{_shown(cost.device_hours)} device-hours)",
+        f"time: {_within(times, bound)} in {jobs}{limit}, waiting in the queue not counted",
     ]
-    if cost.energy_kwh is not None:
-        low, high = (units.format_kwh(kwh) for kwh in cost.energy_kwh)
+    if not slow.makes_progress:
+        lines.append("at the slow end of this range the run would not end: ask for longer jobs")
+    if fast.energy_kwh is not None and slow.energy_kwh is not None:
+        low, high = units.format_kwh(fast.energy_kwh[0]), units.format_kwh(slow.energy_kwh[1])
         lines.append(f"energy: {low} to {high} at the nodes, cooling not included")
     return [*lines, *_checkpoint_lines(cost)]
 
 
+def _within(shown: list[str], bound: str) -> str:
+    """ "about 5 d (4 d to 7 d)" of the fast end, the middle and the slow end."""
+    fast, middle, slow = shown
+    return f"{bound} {middle}" + ("" if fast == slow else f" ({fast} to {slow})")
+
+
 def _checkpoint_lines(cost: RunCost) -> list[str]:
     size, write, stall = units.format_bytes(cost.checkpoint_bytes), cost.save.write_s, cost.save.stall_s
-    failures = f"{cost.expected_failures:.2g}" if cost.expected_failures < 10 else f"{cost.expected_failures:.0f}"
+    few, failures, many = (
+        f"{n:.2g}" if n < 10 else f"{n:.0f}"
+        for n in (cost.failures_range[0], cost.expected_failures, cost.failures_range[1])
+    )
     lines = [
         f"checkpoints: {size}, written in {units.format_seconds(write)}, stall {units.format_seconds(stall)}; "
-        f"saves and {failures} expected failure(s) cost {units.format_fraction(cost.overhead_frac)}",
+        f"saves and {failures} failures ({few} to {many}) cost {units.format_fraction(cost.overhead_frac)}",
     ]
-    if cost.overhead_frac - cost.best_overhead_frac > NOTABLE_OVERHEAD_FRAC:
+    best, every = cost.best_every_steps, cost.every_steps
+    if cost.overhead_frac > max(ADVISED_OVERHEAD_FRAC, cost.best_overhead_frac) and best != every:
+        between = units.format_seconds(best * cost.step_time_s)
         lines.append(
-            f"checkpoint.every_steps {cost.every_steps}: {cost.best_every_steps} would cost "
+            f"checkpoint.every_steps {every}: save every {best} steps ({between}), at a cost of "
             f"{units.format_fraction(cost.best_overhead_frac)}"
         )
     return lines

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import json
-from typing import Any, Literal
+from typing import Literal
 
 from aifactory_train import units
 from aifactory_train.plan.basis import measured_vs_assumed
-from aifactory_train.plan.cost import render_run_cost, run_cost_of
-from aifactory_train.plan.layout import describe
-from aifactory_train.plan.memory import FIT_FRAC
-from aifactory_train.plan.nodes import NodeTable, tokens_bought
+from aifactory_train.plan.contract import Layout
+from aifactory_train.plan.cost import render_run_cost, run_cost_of, run_cost_range_of
+from aifactory_train.plan.curve import render_nodes
+from aifactory_train.plan.document import distinct, document, nearest_of
+from aifactory_train.plan.failures import devices_per_package
+from aifactory_train.plan.layout import describe, n_devices
+from aifactory_train.plan.memory import FIT_FRAC, estimate_memory
+from aifactory_train.plan.nodes import NodeTable
 from aifactory_train.plan.placement import place
 from aifactory_train.plan.plan import Plan
+from aifactory_train.plan.rates import family_rates
 from aifactory_train.plan.search import Candidate, Ranking
+from aifactory_train.plan.support import why_not_trainable
+from aifactory_train.plan.work import work_of
 
 Form = Literal["short", "explain", "json"]
 
 # Layouts shown in the ranking, each of another cut than those above it.
 N_SHOWN = 6
+# A smaller difference would be printed as 0.0 %.
+SHOWN_FRAC = 0.0005
 # Terms shown apart when two layouts are compared: what makes up so much of the difference.
 NOTABLE_FRAC = 0.25
 
@@ -26,97 +35,39 @@ NOTABLE_FRAC = 0.25
 def render_answer(plan: Plan, ranking: Ranking, table: NodeTable | None, device_hours: float | None, form: Form) -> str:
     """All that `aifactory-train plan` says. `table` and `device_hours`: see nodes.choose_nodes."""
     if form == "json":
-        return json.dumps(document(plan, ranking, table), indent=1)
-    page = explain(plan, ranking) if form == "explain" else summarize(plan, ranking)
-    return page if table is None else f"{render_nodes(table, device_hours)}\n\n{page}"
+        return json.dumps(document(plan, ranking, table, device_hours), indent=1)
+    nodes = None if table is None else render_nodes(table, device_hours)
+    return explain(plan, ranking, nodes) if form == "explain" else summarize(plan, ranking, nodes)
 
 
-def summarize(plan: Plan, ranking: Ranking) -> str:
-    """Layout, fit, speed, time, cost, runner-up and notes."""
-    rows = [*_head_rows(plan), *_layout_rows(plan)[:2], _fit_row(plan, ranking), *_speed_rows(plan)]
-    rows += [("cost", line) for line in _cost_lines(plan)]
-    rows += _alternative_rows(ranking)
-    return "\n\n".join([_table(rows), *_noted(plan.notes)])
+def summarize(plan: Plan, ranking: Ranking, nodes: str | None = None) -> str:
+    """Whether it can be trained, fit, speed, time, cost, layout, runner-up and notes. `nodes`: of render_nodes."""
+    rows = [
+        *_head_rows(plan),
+        *_verdict_rows(plan, ranking),
+        *_layout_rows(plan)[:2],
+        *_alternative_rows(plan, ranking),
+    ]
+    return "\n\n".join([_table(rows), *([nodes] if nodes else []), *_noted(_notes_but(plan, ""))])
 
 
-def explain(plan: Plan, ranking: Ranking) -> str:
-    """Everything: the layout and where its axes run, memory and time by term, what was compared and assumed."""
+def explain(plan: Plan, ranking: Ranking, nodes: str | None = None) -> str:
+    """Everything: the verdict, the layout and where its axes run, memory and time by term, what was compared and what
+    it rests on. `nodes`: of render_nodes."""
     basis = [(term, f"{source}: {text}") for term, source, text in measured_vs_assumed(plan.machine, plan.layout)]
+    what_it_rests_on = _section("what it rests on", basis)
+    placement = [("placement", line) for line in place(plan.machine, plan.layout)[1]]
     sections = [
-        _table([*_head_rows(plan), ("counts", _counts(plan))]),
-        _section(
-            "layout", [*_layout_rows(plan), *[("placement", line) for line in place(plan.machine, plan.layout)[1]]]
-        ),
-        _memory(plan, ranking),
+        _table([*_head_rows(plan), ("counts", _counts(plan)), *_verdict_rows(plan, ranking)]),
+        *([nodes] if nodes else []),
+        _section("layout", [*_layout_rows(plan), *placement]),
+        _memory(plan),
         _time(plan),
-        _section("predicted", [*_speed_rows(plan), *[("cost", line) for line in _cost_lines(plan)]]),
-        _ranked(ranking),
-        _section("what it rests on", basis),
-        *_noted([*plan.notes, *_cost_notes(plan)]),
+        _ranked(plan, ranking),
+        what_it_rests_on,
+        *_noted(_notes_but(plan, what_it_rests_on)),
     ]
     return "\n\n".join(sections)
-
-
-def document(plan: Plan, ranking: Ranking, table: NodeTable | None) -> dict[str, Any]:
-    """Plan and ranking as JSON values. Seconds and tokens/s of the ranking are null where they only order it."""
-    return {
-        "plan": plan.model_dump(mode="json"),
-        "ranking": [_candidate(c, ranking.order_only) for c in distinct(ranking)],
-        "dropped": ranking.dropped,
-        "nodes": None if table is None else [
-            {
-                "n_nodes": row.n_nodes,
-                "recommended": row.n_nodes == table.recommended,
-                "efficiency_frac": row.efficiency_frac,
-                **_candidate(row.chosen, table.order_only),
-            }
-            for row in table.rows
-        ],
-    }  # fmt: skip
-
-
-def render_nodes(table: NodeTable, budget_device_hours: float | None = None) -> str:
-    """The efficiency curve as a table; with a budget also what it buys."""
-    head = ["", "nodes", "devices", "tokens/s", "efficiency", "days", "device-hours"]
-    head += [] if budget_device_hours is None else ["tokens bought"]
-    lines = [[*head, "layout"]]
-    for row in table.rows:
-        unknown = table.order_only
-        cells = [
-            "->" if row.n_nodes == table.recommended else "",
-            str(row.n_nodes),
-            str(row.chosen.layout.world_size),
-            "unknown" if unknown else units.format_count(row.tokens_per_s),
-            units.format_fraction(row.efficiency_frac),
-            "unknown" if unknown else units.format_days(row.run_time_s),
-            "unknown" if unknown else units.format_count(row.device_hours),
-        ]
-        if budget_device_hours is not None:
-            cells.append(units.format_count(tokens_bought(row, budget_device_hours)))
-        layout = describe(row.chosen.layout) + ("" if row.chosen.why_not is None else "  (not trainable yet)")
-        lines.append([*cells, layout])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]) - 1)]
-    text = ["  ".join([*(c.rjust(w) for c, w in zip(line, widths, strict=False)), line[-1]]) for line in lines]
-    return "\n".join([*text, f"-> {table.recommended} node(s): {table.why}"])
-
-
-def distinct(ranking: Ranking) -> list[Candidate]:
-    """The fastest of each cut, fastest first; the chosen one stands for its own."""
-    seen: dict[tuple[Any, ...], Candidate] = {}
-    for candidate in (*([ranking.chosen] if ranking.chosen else []), *ranking.candidates):
-        seen.setdefault(candidate.cut, candidate)
-    return sorted(seen.values(), key=lambda c: c.step_time_s)
-
-
-def _candidate(candidate: Candidate, order_only: bool) -> dict[str, Any]:
-    layout = candidate.layout
-    return {
-        "layout": layout.model_dump(mode="json"),
-        "peak_memory_bytes": candidate.memory.peak_bytes,
-        "step_time_s": None if order_only else candidate.step_time_s,
-        "tokens_per_s": None if order_only else candidate.tokens_per_s,
-        "why_not_trainable": candidate.why_not,
-    }
 
 
 def _table(rows: list[tuple[str, str]]) -> str:
@@ -137,15 +88,36 @@ def _noted(notes: list[str]) -> list[str]:
     return ["\n".join(["notes", *(f"  - {note}" for note in notes)])] if notes else []
 
 
+def _notes_but(plan: Plan, said: str) -> list[str]:
+    """Notes of the plan that the page has not said: neither in `said` nor as its warning."""
+    notes = [note for note in plan.notes if not note.startswith("not trainable: ")]
+    return [note for note in notes if note.removeprefix("assumed: ") not in said]
+
+
 def _head_rows(plan: Plan) -> list[tuple[str, str]]:
     recipe, layout, device = plan.recipe, plan.layout, plan.machine.device
     what = f"{units.format_count(plan.shape.n_parameters)} parameters, {units.format_count(recipe.train.budget_tokens)}"
-    n_devices = layout.n_nodes if device.kind == "cpu" else layout.world_size
-    ranks = f", {layout.world_size} ranks" if n_devices != layout.world_size else ""
+    n = n_devices(plan.machine, layout)
+    devices = f"{n} x {device.name}" + (f", {layout.world_size} ranks" if n != layout.world_size else "")
+    if devices_per_package(device) > 1:
+        devices = f"{n} devices ({device.name}, one GCD each)"
     return [
         ("recipe", f"{recipe.name}: {what} tokens in {recipe.n_steps} steps"),
-        ("machine", f"{plan.machine.name}: {layout.n_nodes} node(s), {n_devices} x {device.name}{ranks}"),
+        ("machine", f"{plan.machine.name}: {layout.n_nodes} node(s), {devices}"),
     ]
+
+
+def _verdict_rows(plan: Plan, ranking: Ranking) -> list[tuple[str, str]]:
+    """Whether launch takes it, whether it fits, how fast it is and what it costs."""
+    why, rows = why_not_trainable(plan.layout), []
+    if why is not None:
+        near = nearest_of(plan)
+        rows.append(("warning", f"launch refuses this plan: {why}"))
+        rows.append(
+            ("warning", "no number of nodes or batch near these is trainable" if near is None else f"trainable: {near}")
+        )
+    costs = [("cost", line) for line in _cost_lines(plan)]
+    return [*rows, _fit_row(plan, ranking), *_speed_rows(plan), *costs]
 
 
 def _counts(plan: Plan) -> str:
@@ -165,14 +137,14 @@ def _layout_rows(plan: Plan) -> list[tuple[str, str]]:
     gathered = "block by block" if layout.reshard_after_forward else "once for forward and backward"
     if layout.engine == "deepspeed":
         gathered = {1: "never split", 2: "never split, gradients are", 3: "block by block"}[layout.zero_stage]
-    summed = "reduced in each micro-batch" if layout.reduce_each_micro_batch else "added up whole, reduced once a step"
-    batch = f"{layout.dp} replica{'s' * (layout.dp > 1)} x {layout.accumulation} x {layout.micro_batch_rows} rows"
+    who = _plural(layout.dp, "rank" if layout.dp == layout.world_size else "replica")
+    micro = f"{layout.accumulation} micro-batch{'es' * (layout.accumulation > 1)} of"
+    batch = f"{who} x {micro} {_plural(layout.micro_batch_rows, 'row')}"
     return [
         ("layout", f"{axes}, {layout.engine}, {layout.precision}{', compiled' if layout.compile else ''}"),
         ("batch", f"{rows} rows of {seq} tokens = {batch}, remat {layout.remat}"),
         ("parameters", f"gathered {gathered}" if layout.shard_degree > 1 else "whole on each rank"),
         ("activations", kept[layout.remat]),
-        *([("gradients", summed)] if layout.accumulation > 1 and layout.shard_degree > 1 else []),
         *([("pipeline", f"{layout.stages_per_rank} stage(s) on each rank")] if layout.pp > 1 else []),
         *([("offload", "optimizer state in host memory")] if layout.offload == "optimizer" else []),
         ("host", f"{layout.threads_per_rank} thread(s) a rank"),
@@ -200,31 +172,84 @@ def _speed_rows(plan: Plan) -> list[tuple[str, str]]:
     if predicted.step_time_low_s is not None and predicted.step_time_high_s is not None:
         low, high = batch / predicted.step_time_high_s, batch / predicted.step_time_low_s
         text += f" ({units.format_count(low)} to {units.format_count(high)})"
-    text += f", {units.format_rate(per_device, 'tokens')} a rank, MFU {units.format_fraction(predicted.mfu_frac)}"
+    text += f", {units.format_rate(per_device, 'tokens')} a rank, {_mfu(plan, predicted.tokens_per_s)}"
     return [
         ("speed", text),
         ("step", units.format_seconds(predicted.total_step_time_s)),
-        ("training", f"{units.format_seconds(predicted.run_time_s)} for all steps"),
+        ("training", f"{units.format_seconds(predicted.run_time_s)} for all steps, saves and failures not counted"),
     ]
+
+
+def _mfu(plan: Plan, tokens_per_s: float) -> str:
+    """Against the published peak, else against the one that is assumed for the family."""
+    device, layout = plan.machine.device, plan.layout
+    family = None if device.kind == "cpu" else family_rates(device.name)
+    peak = None if family is None else getattr(family, f"{layout.precision}_flops_per_s")
+    if plan.predicted.mfu_frac is not None or family is None or peak is None:
+        return f"MFU {units.format_fraction(plan.predicted.mfu_frac)}"
+    mfu_frac = tokens_per_s * plan.shape.model_flops_per_token / (peak * n_devices(plan.machine, layout))
+    return f"MFU {units.format_fraction(mfu_frac)} of the assumed peak, that of {family.name}"
+
+
+def _plural(n: int, what: str) -> str:
+    return f"{n} {what}{'s' * (n != 1)}"
 
 
 def _cost_lines(plan: Plan) -> list[str]:
     cost = run_cost_of(plan)
-    return [] if cost is None else render_run_cost(cost)
+    return [] if cost is None else render_run_cost(cost, run_cost_range_of(plan))
 
 
-def _cost_notes(plan: Plan) -> list[str]:
-    cost = run_cost_of(plan)
-    return [] if cost is None else list(cost.assumed)
-
-
-def _alternative_rows(ranking: Ranking) -> list[tuple[str, str]]:
-    chosen, second = ranking.chosen, ranking.runner_up
+def _alternative_rows(plan: Plan, ranking: Ranking) -> list[tuple[str, str]]:
+    chosen, second = ranking.chosen, runner_up(ranking)
+    without = _without_remat(plan, ranking)
     if chosen is None or second is None:
-        return [("runner-up", "none: no other cut is legal and fits")]
-    slower = units.format_fraction(second.step_time_s / chosen.step_time_s - 1)
-    text = f"{describe(second.layout)}: {slower} slower{_difference(chosen, second, ranking.order_only)}"
-    return [("runner-up", text + ("" if second.why_not is None else " (not trainable yet)"))]
+        return [("runner-up", "none: no other cut is legal and fits"), *without]
+    text = f"{_described(second, chosen)}: step time {_slower(second, chosen)}"
+    text += _difference(chosen, second, ranking.order_only) + ("" if second.why_not is None else " (not trainable)")
+    return [("runner-up", text), *without]
+
+
+def runner_up(ranking: Ranking) -> Candidate | None:
+    """The next that can be trained and differs by more than its micro-batch; the next of another cut where none can."""
+    chosen = ranking.chosen
+    if chosen is None or chosen.why_not is not None:
+        return ranking.runner_up
+
+    def differs(other: Candidate) -> bool:
+        kept = other.layout.reshard_after_forward != chosen.layout.reshard_after_forward
+        return other.cut != chosen.cut or kept
+
+    slower = (c for c in ranking.candidates if c.why_not is None and c.step_time_s >= chosen.step_time_s)
+    return next((c for c in slower if differs(c)), ranking.runner_up)
+
+
+def _described(candidate: Candidate, chosen: Candidate) -> str:
+    text, layout = describe(candidate.layout), candidate.layout
+    if layout.reshard_after_forward == chosen.layout.reshard_after_forward or layout.engine != "fsdp2":
+        return text
+    return text + (", parameters gathered block by block" if layout.reshard_after_forward else ", gathered once")
+
+
+def _without_remat(plan: Plan, ranking: Ranking) -> list[tuple[str, str]]:
+    """Why full recomputation was taken, where the planner chose it."""
+    layout, limit = plan.layout, ranking.limit_bytes
+    if layout.remat != "full" or plan.recipe.layout.remat != "auto" or limit is None:
+        return []
+    rows = layout.accumulation * layout.micro_batch_rows
+    kept: Layout = layout.model_copy(update={"remat": "none", "micro_batch_rows": 1, "accumulation": rows})
+    peak = estimate_memory(work_of(plan.recipe), plan.machine.device.kind, kept).peak_bytes
+    lacks = peak - FIT_FRAC * limit
+    if lacks > 0:
+        text = f"lacks {units.format_bytes(lacks)}: {units.format_bytes(peak)} per rank even with 1 row a micro-batch"
+    else:
+        text = f"fits with 1 row a micro-batch ({units.format_bytes(peak)} per rank), and is predicted to be no faster"
+    return [("remat none", text)]
+
+
+def _slower(candidate: Candidate, chosen: Candidate) -> str:
+    difference = candidate.step_time_s / chosen.step_time_s - 1
+    return "the same" if abs(difference) < SHOWN_FRAC else units.format_difference(difference)
 
 
 def _difference(chosen: Candidate, other: Candidate, order_only: bool) -> str:
@@ -242,14 +267,13 @@ def _difference(chosen: Candidate, other: Candidate, order_only: bool) -> str:
     return f": {', '.join(parts)} per step" if parts else ""
 
 
-def _memory(plan: Plan, ranking: Ranking) -> str:
+def _memory(plan: Plan) -> str:
     predicted = plan.predicted
     terms, peak = predicted.memory_bytes, predicted.peak_memory_bytes
     lines = [_term(name, units.format_bytes(value), value / peak) for name, value in terms.items() if value]
     lines.append(
         _term("peak", units.format_bytes(peak), None) + (f"   {predicted.peak_at}" if predicted.peak_at else "")
     )
-    lines.append(_table([_fit_row(plan, ranking)]))
     if predicted.host_bytes:
         lines.append("memory of a node's host")
         lines += [_term(name, units.format_bytes(value), None) for name, value in predicted.host_bytes.items() if value]
@@ -269,29 +293,33 @@ def _term(name: str, value: str, share_frac: float | None) -> str:
     return f"  {name.replace('_', ' '):<22}{value:>14}{share}".rstrip()
 
 
-def _ranked(ranking: Ranking) -> str:
+def _ranked(plan: Plan, ranking: Ranking) -> str:
     """The best of each cut, against the chosen one; then what was dropped and why."""
     chosen = ranking.chosen
     assert chosen is not None
-    lines = ["layouts compared"]
+    second = runner_up(ranking)
+    lines = ["layouts compared: step time against the chosen one (+ slower, \N{MINUS SIGN} faster) and memory per rank"]
     shown = distinct(ranking)[:N_SHOWN]
     # With the chosen one and the next after it, however many that cannot be trained are faster.
-    shown += [c for c in (chosen, ranking.runner_up) if c is not None and c not in shown]
+    shown += [c for c in (chosen, second) if c is not None and c not in shown]
     for candidate in shown:
         mark = "->" if candidate is chosen else "  "
-        slower = "" if candidate is chosen else units.format_difference(candidate.step_time_s / chosen.step_time_s - 1)
+        slower = "" if candidate is chosen else _slower(candidate, chosen)
         memory, why = (
             units.format_bytes(candidate.memory.peak_bytes),
             "" if candidate.why_not is None else "  not trainable",
         )
-        lines.append(f"  {mark} {slower:>9}{memory:>12}  {describe(candidate.layout)}{why}")
+        lines.append(f"  {mark} {slower:>9}{memory:>12}  {_described(candidate, chosen)}{why}")
         if candidate is not chosen and (difference := _difference(chosen, candidate, ranking.order_only)):
             lines.append(f"               {difference.removeprefix(': ')}")
-    lines.append(f"  {len(ranking.candidates)} that fit were timed")
+    lines += [f"  {name}: {text}" for name, text in _without_remat(plan, ranking)]
+    lines.append(f"  {len(ranking.candidates)} layouts that fit were timed")
     for reason, n in ranking.dropped.items():
-        closest = ""
+        what = f"  {n} more way(s) to share out the ranks: {reason}"
         if reason == "does not fit" and ranking.least is not None:
             needs, limit = ranking.least[1].peak_bytes, FIT_FRAC * (ranking.limit_bytes or 0)
-            closest = f", the closest needs {units.format_bytes(needs)} of {units.format_bytes(limit)}"
-        lines.append(f"  dropped, {reason}: {n} layout(s){closest}")
+            what += (
+                f" with any micro-batch; the closest needs {units.format_bytes(needs)} of {units.format_bytes(limit)}"
+            )
+        lines.append(what)
     return "\n".join(lines)

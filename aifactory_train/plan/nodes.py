@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from aifactory_train.errors import PlanError
 from aifactory_train.machine.machine import Machine
+from aifactory_train.plan.calibrate import correct_step_time
 from aifactory_train.plan.cost import estimate_cost, hours_of
-from aifactory_train.plan.layout import describe
+from aifactory_train.plan.layout import describe, ranks_per_node
 from aifactory_train.plan.refuse import check_kind, check_wishes, nothing_left
 from aifactory_train.plan.search import Candidate, search
 from aifactory_train.recipe.schema import Recipe
@@ -49,12 +51,21 @@ class NodeRow:
 
 @dataclass(frozen=True)
 class NodeTable:
-    """`recommended` is one of the rows' n_nodes; `why` says by which rule. order_only: see search.Ranking."""
+    """`recommended` is one of the rows' n_nodes; `why` says by which rule. order_only: see search.Ranking.
+
+    wider: options of Slurm that give a job more nodes than the last row.
+    """
 
     rows: list[NodeRow]
     recommended: int
     why: str
     order_only: bool
+    wider: tuple[str, ...] = ()
+
+    @property
+    def base(self) -> NodeRow:
+        """The row whose tokens/s per node are an efficiency of 1."""
+        return max(comparable(self.rows), key=lambda row: row.tokens_per_s / row.n_nodes)
 
 
 def job_limits(machine: Machine, partition: str | None = None, qos: str | None = None) -> Limits:
@@ -93,6 +104,19 @@ def check_nodes(machine: Machine, n_nodes: int, partition: str | None = None, qo
         )
     if limits.max_nodes is None or n_nodes <= limits.max_nodes or machine.slurm is None:
         return
+    wider = wider_limits(machine, n_nodes, partition)
+    do = f"--nodes {limits.max_nodes} or less"
+    raise PlanError(
+        f"{n_nodes} nodes; {limits.named} allows {limits.max_nodes}",
+        where=f"machine {machine.name}",
+        do=f"{do}, or {' or '.join(wider)}" if wider else f"{do}: no partition or QoS of this machine gives a job more",
+    )
+
+
+def wider_limits(machine: Machine, n_nodes: int, partition: str | None = None) -> tuple[str, ...]:
+    """Options that give a job `n_nodes`: "--qos big (256 nodes, 24 h a job)"."""
+    if machine.slurm is None:
+        return ()
     ways = [("--partition", p.name) for p in machine.slurm.partitions]
     ways += [("--qos", q.name) for q in machine.slurm.qos]
     wider = []
@@ -101,12 +125,47 @@ def check_nodes(machine: Machine, n_nodes: int, partition: str | None = None, qo
         if other.max_nodes is not None and other.max_nodes >= n_nodes:
             time = "" if other.max_time_h is None else f", {format_hours(other.max_time_h)} a job"
             wider.append(f"{option} {name} ({other.max_nodes} nodes{time})")
-    do = f"--nodes {limits.max_nodes} or less"
-    raise PlanError(
-        f"{n_nodes} nodes; {limits.named} allows {limits.max_nodes}",
-        where=f"machine {machine.name}",
-        do=f"{do}, or {' or '.join(wider)}" if wider else f"{do}: no partition or QoS of this machine gives a job more",
-    )
+    return tuple(wider)
+
+
+def nearest_trainable(recipe: Recipe, machine: Machine, n_nodes: int, cpu_ranks: int = 1) -> str | None:
+    """What to change so that this version can train: keys, the number of nodes or the batch. None: nothing is near."""
+    plain, per_node, rows = _as_trained(recipe), ranks_per_node(machine, cpu_ranks), recipe.global_batch_rows
+
+    def trains(changed: Recipe, n: int) -> bool:
+        chosen = search(changed, machine, n, cpu_ranks).chosen
+        return chosen is not None and chosen.why_not is None
+
+    if trains(plain, n_nodes):
+        set_aside = [
+            f"layout.{key}" for key, value in recipe.layout if value not in ("auto", getattr(plain.layout, key))
+        ]
+        set_aside += ["train.precision"] if recipe.train.precision == "fp8" else []
+        return f"leave {', '.join(set_aside)} at auto"
+    most = min(MOST_NODES, machine.nodes or MOST_NODES)
+    counts = [n for n in range(1, min(rows // per_node, most) + 1) if rows % (n * per_node) == 0]
+    near = next((n for n in sorted(counts, key=lambda n: abs(math.log(n / n_nodes))) if trains(plain, n)), None)
+    ways = []
+    if near is not None:
+        limit = job_limits(machine).max_nodes
+        wider = wider_limits(machine, near) if limit is not None and near > limit else ()
+        ways.append(f"--nodes {near}" + (f" with {' or '.join(wider)}" if wider else ""))
+    ranks = n_nodes * per_node
+    tokens = -(-rows // ranks) * ranks * recipe.data.seq_len_tokens
+    train = plain.train.model_copy(update={"global_batch_tokens": tokens, "micro_batch_rows": "auto"})
+    if rows % ranks and trains(plain.model_copy(update={"train": train}), n_nodes):
+        ways.append(f"--set train.global_batch_tokens={tokens} on {n_nodes} node(s)")
+    return " or ".join(ways) or None
+
+
+def _as_trained(recipe: Recipe) -> Recipe:
+    """The recipe with every wish set aside that training refuses."""
+    axes = {"pp": 1, "dp_replicate": 1, "cp": 1, "tp": 1, "dp_shard": "auto", "stages_per_rank": "auto"}
+    kind = {"engine": "fsdp2", "zero_stage": "auto", "offload": "none"}
+    remat = {"remat": "auto"} if recipe.layout.remat == "selective" else {}
+    layout = recipe.layout.model_copy(update=axes | kind | remat)
+    precision = {"precision": "bf16"} if recipe.train.precision == "fp8" else {}
+    return recipe.model_copy(update={"layout": layout, "train": recipe.train.model_copy(update=precision)})
 
 
 def choose_nodes(
@@ -144,6 +203,8 @@ def choose_nodes(
         table = nodes_for_budget(machine, table, device_hours)
     if deadline_s is not None:
         table = nodes_for_deadline(recipe, machine, table, deadline_s)
+    if limits.max_nodes is not None:
+        table = replace(table, wider=wider_limits(machine, limits.max_nodes + 1, partition))
     return table.recommended, table
 
 
@@ -195,7 +256,8 @@ def _row(recipe: Recipe, machine: Machine, n_nodes: int) -> tuple[NodeRow, bool]
 def nodes_for_deadline(recipe: Recipe, machine: Machine, table: NodeTable, deadline_s: float) -> NodeTable:
     """The table with the fewest nodes whose steps are done in `deadline_s` seconds; waiting in the queue not counted.
 
-    Between two powers of two, eighths are tried.
+    The middle of the predicted range meets it; `why` says whether the slow end does. Between two powers of two,
+    eighths are tried.
 
     Raises:
         PlanError: no number of nodes is fast enough, or no time can be predicted.
@@ -227,8 +289,21 @@ def nodes_for_deadline(recipe: Recipe, machine: Machine, table: NodeTable, deadl
                 best = found[0]
                 break
     why = f"the fewest whose steps are done within {format_seconds(deadline_s)}; waiting in the queue not counted"
+    why += _slow_end(machine, best, deadline_s)
     rows = _with_efficiency(sorted(added, key=lambda row: row.n_nodes))
     return NodeTable(rows, best.n_nodes, why, table.order_only)
+
+
+def _slow_end(machine: Machine, row: NodeRow, deadline_s: float) -> str:
+    within = correct_step_time(machine, row.chosen.layout.precision, 1.0)
+    if within.high_s is None:
+        return ""
+    slow_s = row.run_time_s * within.high_s / within.expected_s
+    if slow_s <= deadline_s:
+        return f"; the slow end of the predicted range, {format_seconds(slow_s)}, meets it too"
+    return (
+        f"; warning: only the middle of the predicted range meets it, the slow end, {format_seconds(slow_s)}, does not"
+    )
 
 
 def nodes_for_budget(machine: Machine, table: NodeTable, device_hours: float) -> NodeTable:

@@ -25,7 +25,7 @@ from aifactory_train.plan.steptime import estimate_step_time_s, total_step_time_
 from aifactory_train.plan.support import why_not_trainable
 from aifactory_train.plan.work import work_of
 from aifactory_train.recipe.schema import Recipe, fingerprint
-from aifactory_train.units import format_fraction
+from aifactory_train.units import format_difference, format_fraction
 
 PLAN_SCHEMA: Final = "aifactory-plan/1"
 # A layout that this version cannot train is worth a note where it is faster by more than this.
@@ -146,8 +146,8 @@ def _notes(recipe: Recipe, machine: Machine, ranking: Ranking, predicted: Predic
     if chosen.why_not is not None:
         notes.append(f"not trainable: {chosen.why_not}; no layout of these ranks is, so launch refuses this plan")
     elif best.why_not is not None and best.tokens_per_s > (1 + NOTABLE_FRAC) * chosen.tokens_per_s:
-        faster = format_fraction(best.tokens_per_s / chosen.tokens_per_s - 1)
-        notes.append(f"{faster} faster would be {describe(best.layout)}; but {best.why_not}")
+        less = format_difference(best.step_time_s / chosen.step_time_s - 1)
+        notes.append(f"faster would be {describe(best.layout)}: step time {less}; but {best.why_not}")
     notes += _fp8_notes(recipe, machine, chosen)
     if recipe.train.precision == "auto" and machine.device.native_bf16 is None:
         notes.append("whether the device computes in bf16 is unknown: precision auto became fp32")

@@ -221,7 +221,23 @@ def _fewest_nodes(recipe: Recipe, machine: Machine, n_nodes: int, cpu_ranks: int
     for n in sorted({upper * eighths // 8 for eighths in (5, 6, 7, 8)} - set(range(n_nodes + 1))):
         chosen = search(recipe, machine, n, cpu_ranks).chosen
         if chosen is not None:
-            owned = machine.nodes is not None and n > machine.nodes
-            size = f"{n} nodes of {per_node}" + (f"; this machine has {machine.nodes}" if owned else "")
-            return f"use {n * per_node} ranks ({size}), which would fit: {describe(chosen.layout)}"
+            if machine.nodes is not None and n > machine.nodes:
+                return _another_machine(recipe, machine, n_nodes, cpu_ranks, n * per_node)
+            return f"use {n * per_node} ranks ({n} nodes of {per_node}), which would fit: {describe(chosen.layout)}"
     raise AssertionError("the last of them fits")
+
+
+def _another_machine(recipe: Recipe, machine: Machine, n_nodes: int, cpu_ranks: int, n_devices: int) -> str:
+    """What to do where all nodes of the machine are too few."""
+    dropped = search(recipe, machine, n_nodes, cpu_ranks).dropped
+    offload = ""
+    if recipe.layout.offload == "none":
+        offload = ", or --set layout.offload=auto"
+    elif HOST_IS_SHORT in dropped:
+        offload = (
+            f" ({dropped[HOST_IS_SHORT]} layout(s) with offload fit on the devices, and not into the host's memory)"
+        )
+    has = (machine.nodes or 0) * ranks_per_node(machine, cpu_ranks)
+    return (
+        f"take a smaller model{offload}, or another machine: {n_devices} such devices would do, this machine has {has}"
+    )

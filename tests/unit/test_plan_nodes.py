@@ -1,0 +1,43 @@
+"""How the slow end of a predicted range and the size of a machine bear upon the number of nodes."""
+
+from __future__ import annotations
+
+import pytest
+
+from aifactory_train.errors import PlanError
+from aifactory_train.machine.load import load_machine
+from aifactory_train.plan.calibrate import UNCALIBRATED_RANGE_FRAC
+from aifactory_train.plan.nodes import build_node_table, nodes_for_deadline, wider_limits
+from aifactory_train.plan.plan import make_plan
+from aifactory_train.recipe.load import load_recipe
+from aifactory_train.units import format_seconds
+from plan_machines import LLAMA_8B, gpus
+
+FSDP_ALONE = ["layout.pp=1", "layout.cp=1", "layout.tp=1", "layout.dp_replicate=1", "layout.remat=full"]
+
+
+def test_a_deadline_that_only_the_middle_of_the_range_meets_is_warned_about():
+    recipe, machine = load_recipe(LLAMA_8B, FSDP_ALONE), gpus()
+    table = build_node_table(recipe, machine, 2)
+    fast_s = table.rows[-1].run_time_s
+    slow = format_seconds(fast_s * (1 + UNCALIBRATED_RANGE_FRAC))
+    near = nodes_for_deadline(recipe, machine, table, 1.01 * fast_s)
+    assert near.recommended == 2
+    assert f"warning: only the middle of the predicted range meets it, the slow end, {slow}, does not" in near.why
+    easy = nodes_for_deadline(recipe, machine, table, 1.01 * fast_s * (1 + UNCALIBRATED_RANGE_FRAC))
+    assert easy.recommended == 2 and f"the slow end of the predicted range, {slow}, meets it too" in easy.why
+
+
+def test_what_gives_a_job_more_nodes_is_a_qos_with_its_limits():
+    leonardo = load_machine("leonardo-booster")
+    assert wider_limits(leonardo, 65) == ("--qos boost_qos_bprod (256 nodes, 24 h a job)",)
+    assert wider_limits(leonardo, 4000) == wider_limits(gpus(), 2) == ()
+
+
+def test_a_machine_with_too_few_devices_is_not_told_to_take_more_of_its_nodes():
+    with pytest.raises(PlanError) as caught:
+        make_plan(load_recipe(LLAMA_8B), load_machine("h200-node"))
+    text = caught.value.render()
+    # 8 G parameters have 64 GB of moments, and 128 GiB of host memory hold them beside a copy of each checkpoint not.
+    assert "take a smaller model" in text and "layout(s) with offload fit on the devices, and not into the host" in text
+    assert "2 such devices would do" in text and "this machine has 1" in text and "use 2 ranks" not in text
