@@ -266,6 +266,7 @@ def _prepare(args: argparse.Namespace) -> None:
 
 
 def _plan(args: argparse.Namespace) -> None:
+    from aifactory_train.launch.checks import JobOptions, refuse_job_options
     from aifactory_train.launch.local import check_run_folder, write_run_folder
     from aifactory_train.machine.load import load_machine
     from aifactory_train.plan.explain import render_answer
@@ -275,30 +276,33 @@ def _plan(args: argparse.Namespace) -> None:
     from aifactory_train.rundir import RunDir
 
     recipe, machine = load_recipe(args.recipe, args.set), load_machine(args.machine)
+    if machine.slurm is None:
+        refuse_job_options(JobOptions(partition=args.partition, qos=args.qos))
     n_nodes, table = choose_nodes(recipe, machine, args.nodes, args.partition, args.qos, args.gpu_hours, args.deadline)
     plan, ranking = make_ranked_plan(recipe, machine, n_nodes, args.cpu_ranks)
-    print(render_answer(plan, ranking, table, args.gpu_hours, args.form))
     run = None if args.run is None else RunDir(args.run)
     if run is not None:
         check_run_folder(plan, run)
         write_run_folder(plan, run)
+    print(render_answer(plan, ranking, table, args.gpu_hours, args.form))
     if args.form != "json":
         print(f"\nwritten: {run.plan}" if run else "\nnot written; --run RUN writes it into a run folder")
 
 
 def _launch(args: argparse.Namespace) -> int:
     from aifactory_train.launch.checks import JobOptions
+    from aifactory_train.launch.env import user_defaults
     from aifactory_train.launch.local import default_run_folder, launch_local
     from aifactory_train.launch.submit import launch_job
     from aifactory_train.machine.load import load_machine
-    from aifactory_train.plan.plan import make_plan
-    from aifactory_train.plan.support import refuse_untrainable
+    from aifactory_train.plan.launchable import make_launch_plan
     from aifactory_train.recipe.load import load_recipe
     from aifactory_train.rundir import RunDir
 
     n_nodes = 1 if args.nodes is None else args.nodes
-    plan = make_plan(load_recipe(args.recipe, args.set), load_machine(args.machine), n_nodes, args.cpu_ranks)
-    refuse_untrainable(plan.layout, where=f"recipe {plan.recipe.name} on machine {plan.machine.name}")
+    recipe, machine, env = load_recipe(args.recipe, args.set), load_machine(args.machine), user_defaults()
+    partition, qos = args.partition or env.get("partition"), args.qos or env.get("qos")
+    plan = make_launch_plan(recipe, machine, n_nodes, args.cpu_ranks, partition, qos)
     run = RunDir(args.run or default_run_folder(plan.recipe.name))
     given = {name: getattr(args, name) for name in JobOptions.__annotations__}
     if plan.machine.slurm is None:
@@ -374,19 +378,9 @@ def _report(args: argparse.Namespace) -> None:
 
 
 def _calibrate(args: argparse.Namespace) -> None:
-    import datetime
+    from aifactory_train.results.calibration import calibrate_file
 
-    from aifactory_train.machine.load import load_machine, write_machine
-    from aifactory_train.plan.calibrate import calibrate, render_measured
-    from aifactory_train.results.observed import load_observations
-
-    machine = load_machine(args.machine)
-    rates, runs = load_observations(machine, args.measured)
-    machine = calibrate(machine, rates, runs, datetime.date.today().isoformat())
-    out = args.out or Path(f"{machine.name}-measured.yaml")
-    with storage_errors("writing the machine file", out, "give another file: --out FILE"):
-        write_machine(machine, out)
-    print(f"{render_measured(machine)}\nwritten: {out}; plan with it: --machine {out}")
+    print(calibrate_file(args.machine, args.measured, args.out))
 
 
 def _sample(args: argparse.Namespace) -> None:

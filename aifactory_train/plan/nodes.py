@@ -10,7 +10,7 @@ from aifactory_train.machine.machine import Machine
 from aifactory_train.plan.calibrate import correct_step_time
 from aifactory_train.plan.cost import estimate_cost, hours_of
 from aifactory_train.plan.layout import describe, ranks_per_node
-from aifactory_train.plan.refuse import check_kind, check_wishes, nothing_left
+from aifactory_train.plan.refuse import check_kind, check_wishes, nothing_left, shorter_run
 from aifactory_train.plan.search import Candidate, search
 from aifactory_train.recipe.schema import Recipe
 from aifactory_train.units import format_count, format_hours, format_seconds, parse_duration_s
@@ -269,12 +269,12 @@ def nodes_for_deadline(recipe: Recipe, machine: Machine, table: NodeTable, deadl
         fastest = min(rows, key=lambda row: row.run_time_s)
         refused = next((row for row in table.rows if row.run_time_s <= deadline_s), None)
         later = "" if refused is None else f"; {refused.n_nodes} nodes would do it, but {refused.chosen.why_not}"
+        shorter = shorter_run(recipe, 0.99 * deadline_s / fastest.run_time_s)
         raise PlanError(
             f"the run cannot be done in {format_seconds(deadline_s)}: the fastest, {fastest.n_nodes} node(s), takes "
             f"{format_seconds(fastest.run_time_s)} ({describe(fastest.chosen.layout)}){later}",
             where=f"recipe {recipe.name} on machine {machine.name}, --deadline",
-            do=f"--deadline {fastest.run_time_s / 86400 + 0.05:.1f}d, or --set train.budget_tokens="
-            f"{0.99 * recipe.train.budget_tokens * deadline_s / fastest.run_time_s:.2e}, or a larger batch",
+            do=f"--deadline {fastest.run_time_s / 86400 + 0.1:.1f}d" + (f", or {shorter}" if shorter else ""),
         )
     added = list(table.rows)
     best = upper

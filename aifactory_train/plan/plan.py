@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Final, Literal
 
@@ -48,10 +49,10 @@ class Plan(Part):
 
 
 def load_plan(path: Path) -> Plan:
-    """Read plan.json. Raises PlanError where it is missing, damaged or of another version."""
+    """Read plan.json. Raises PlanError where it is missing, damaged, of another version, or contradicts itself."""
     do = "aifactory-train launch RECIPE --run RUN  writes it anew"
     try:
-        return Plan.model_validate_json(path.read_text())
+        plan = Plan.model_validate_json(path.read_text())
     except OSError as error:
         raise PlanError(f"cannot read the plan: {error.strerror}", where=str(path), do=do) from None
     except ValidationError as error:
@@ -59,6 +60,28 @@ def load_plan(path: Path) -> Plan:
         key = ".".join(str(p) for p in first["loc"])
         fault = f"{key}: {first['msg']}" if key else first["msg"]
         raise PlanError(f"not a plan of this version: {fault}", where=str(path), do=do) from None
+    faults = _arithmetic_faults(plan)
+    if faults:
+        raise PlanError("\n".join(faults), where=f"{path}: layout", do=do)
+    return plan
+
+
+def _arithmetic_faults(plan: Plan) -> list[str]:
+    """What training would stumble over, or pass over in silence, in a plan that was edited by hand."""
+    at, rows = plan.layout, plan.recipe.global_batch_rows
+    degrees = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+    counts = (*degrees, "n_nodes", "world_size", "stages_per_rank", "micro_batch_rows", "accumulation")
+    faults = [f"{key} is {getattr(at, key)}" for key in (*counts, "threads_per_rank") if getattr(at, key) < 1]
+    if faults:
+        return faults
+    if (product := math.prod(getattr(at, key) for key in degrees)) != at.world_size:
+        faults.append(f"world_size is {at.world_size}, and {' x '.join(degrees)} is {product}")
+    if (shared := at.dp * at.accumulation * at.micro_batch_rows) != rows:
+        faults.append(
+            f"{at.dp} replicas x accumulation {at.accumulation} x micro_batch_rows {at.micro_batch_rows} are {shared} "
+            f"rows, and the recipe's batch has {rows}"
+        )
+    return faults
 
 
 def make_plan(recipe: Recipe, machine: Machine, n_nodes: int = 1, cpu_ranks: int = 1) -> Plan:

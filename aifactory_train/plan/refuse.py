@@ -7,10 +7,13 @@ from collections.abc import Iterable
 
 from aifactory_train.errors import PlanError
 from aifactory_train.machine.machine import Machine
+from aifactory_train.plan.contract import Layout
 from aifactory_train.plan.layout import Degrees, cp_fault, describe, divisors, pp_fault, ranks_per_node, tp_fault
 from aifactory_train.plan.memory import FIT_FRAC
+from aifactory_train.plan.nearest import drop_wishes, given_keys, nearest_sizes, search_trained, what_works, with_layout
 from aifactory_train.plan.rates import device_rates
 from aifactory_train.plan.search import HOST_IS_SHORT, Ranking, choose_precision, search
+from aifactory_train.plan.support import why_not_trainable
 from aifactory_train.recipe.schema import Recipe
 from aifactory_train.units import format_bytes, format_fraction
 
@@ -25,7 +28,7 @@ def check_wishes(recipe: Recipe, machine: Machine, n_nodes: int, cpu_ranks: int)
     """
     per_node = ranks_per_node(machine, cpu_ranks)
     _check_axes(recipe, machine, n_nodes, cpu_ranks)
-    _check_product(recipe, per_node * n_nodes)
+    _check_product(recipe, machine, n_nodes, cpu_ranks)
     _check_batch(recipe, machine, per_node * n_nodes)
     check_kind(recipe, machine)
 
@@ -55,14 +58,14 @@ def _check_axes(recipe: Recipe, machine: Machine, n_nodes: int, cpu_ranks: int) 
 def _nearest(recipe: Recipe, machine: Machine, n_nodes: int, cpu_ranks: int, axis: str, values: Iterable[int]) -> str:
     """The nearest value that has a layout, with that layout."""
     for value in values:
-        layout = recipe.layout.model_copy(update={axis: value})
-        chosen = search(recipe.model_copy(update={"layout": layout}), machine, n_nodes, cpu_ranks).chosen
+        chosen = search(with_layout(recipe, **{axis: value}), machine, n_nodes, cpu_ranks).chosen
         if chosen is not None:
             return f"--set layout.{axis}={value}, the nearest that works: {describe(chosen.layout)}"
-    return f"--set layout.{axis}=auto"
+    return what_works(recipe, machine, n_nodes, cpu_ranks) or f"--set layout.{axis}=auto"
 
 
-def _check_product(recipe: Recipe, world_size: int) -> None:
+def _check_product(recipe: Recipe, machine: Machine, n_nodes: int, cpu_ranks: int) -> None:
+    world_size = ranks_per_node(machine, cpu_ranks) * n_nodes
     given = {axis: getattr(recipe.layout, axis) for axis in Degrees._fields}
     given = {axis: value for axis, value in given.items() if value != "auto"}
     product, named = math.prod(given.values()), " x ".join(f"{axis} {value}" for axis, value in given.items())
@@ -74,12 +77,12 @@ def _check_product(recipe: Recipe, world_size: int) -> None:
     fits = [
         d for d in divisors(world_size) if (world_size // d) % rest == 0 and (not complete or d * rest == world_size)
     ]
-    value = min(fits, key=lambda d: abs(math.log(d / given[loosest])), default="auto")
+    near = sorted(fits, key=lambda d: abs(math.log(d / given[loosest])))
     asked = f"layout.{named}" + (f" = {product}" if len(given) > 1 else "")
     raise PlanError(
         f"{asked} {'is not' if complete else 'does not divide'} the {world_size} ranks",
         where=f"recipe {recipe.name}, layout",
-        do=f"--set layout.{loosest}={value}, or another number of nodes",
+        do=_nearest(recipe, machine, n_nodes, cpu_ranks, loosest, near),
     )
 
 
@@ -186,12 +189,13 @@ def nothing_left(recipe: Recipe, machine: Machine, n_nodes: int, cpu_ranks: int,
             do="--set checkpoint.asynchronous=false, or " + _fewest_nodes(recipe, machine, n_nodes, cpu_ranks),
         )
     if ranking.least is None or ranking.limit_bytes is None:
-        given = [f"layout.{k} {v}" for k, v in recipe.layout.model_dump().items() if v != "auto"]
+        kept = f" with {', '.join(given)}" if (given := given_keys(recipe)) else ""
         return PlanError(
-            f"no layout of {world_size} ranks keeps {', '.join(given) or 'the batch'} together with "
-            f"{recipe.global_batch_rows} rows of {recipe.data.seq_len_tokens} tokens",
+            f"the {recipe.global_batch_rows} row(s) of {recipe.data.seq_len_tokens} tokens of a batch cannot be shared "
+            f"by {world_size} ranks{kept}",
             where=where,
-            do="set one of them to auto, change train.global_batch_tokens, or take another number of nodes",
+            do=what_works(recipe, machine, n_nodes, cpu_ranks)
+            or "change train.global_batch_tokens: no number of nodes near this one shares it either",
         )
     layout, memory = ranking.least
     terms = sorted(memory.terms_bytes.items(), key=lambda kv: -kv[1])
@@ -201,8 +205,18 @@ def nothing_left(recipe: Recipe, machine: Machine, n_nodes: int, cpu_ranks: int,
         f"{format_bytes(memory.peak_bytes)} per rank; {format_fraction(FIT_FRAC)} of its "
         f"{format_bytes(ranking.limit_bytes)} may be planned: {named}",
         where=where,
-        do=_fewest_nodes(recipe, machine, n_nodes, cpu_ranks),
+        do=_what_fits(recipe, machine, n_nodes, cpu_ranks),
     )
+
+
+def _what_fits(recipe: Recipe, machine: Machine, n_nodes: int, cpu_ranks: int) -> str:
+    if (dropped := drop_wishes(recipe, machine, n_nodes, cpu_ranks, to_train=False)) is not None:
+        return dropped
+    if machine.device.kind == "cpu" and machine.slurm is None:
+        fewer = nearest_sizes(recipe, machine, n_nodes, cpu_ranks, to_train=False)
+        if fewer:
+            return " or ".join(fewer)
+    return _fewest_nodes(recipe, machine, n_nodes, cpu_ranks)
 
 
 def _fewest_nodes(recipe: Recipe, machine: Machine, n_nodes: int, cpu_ranks: int) -> str:
@@ -241,3 +255,46 @@ def _another_machine(recipe: Recipe, machine: Machine, n_nodes: int, cpu_ranks: 
     return (
         f"take a smaller model{offload}, or another machine: {n_devices} such devices would do, this machine has {has}"
     )
+
+
+def shorter_run(recipe: Recipe, frac: float) -> str | None:
+    """Options for a run of this share of the steps; None where that is not a step. The ramps shrink where they must."""
+    steps = int(frac * recipe.n_steps)
+    if steps < 1:
+        return None
+    tokens, ramps = steps * recipe.train.global_batch_tokens, recipe.schedule
+    options = f"--set train.budget_tokens={tokens}"
+    if ramps.warmup_tokens + (ramps.decay_tokens or 0) > tokens:
+        for key in ("warmup_tokens", "decay_tokens"):
+            if given := getattr(ramps, key):
+                options += f" --set schedule.{key}={max(1, given * tokens // recipe.train.budget_tokens)}"
+    return options
+
+
+def refuse_launch(recipe: Recipe, machine: Machine, layout: Layout, cpu_ranks: int) -> None:
+    """Refuse a layout that this version does not train, with what it trains.
+
+    Raises:
+        PlanError: with the reason why the plan is of such a layout, and what to set instead.
+    """
+    n_nodes = layout.n_nodes
+    sentence = why_not_trainable(layout, [key.removeprefix("layout.") for key in given_keys(recipe)])
+    if sentence is None:
+        return
+    where = f"recipe {recipe.name} on machine {machine.name} with {layout.world_size} ranks"
+    dropped = drop_wishes(recipe, machine, n_nodes, cpu_ranks, to_train=True)
+    if dropped is not None:
+        raise PlanError(sentence, where=where, do=dropped)
+    ranking = search_trained(recipe, machine, n_nodes, cpu_ranks)
+    if recipe.global_batch_rows % layout.world_size:
+        cause = f"\n  dp_shard {layout.world_size} does not divide the {recipe.global_batch_rows} rows of a batch"
+    elif ranking.least is not None and ranking.least[0].dp_shard == layout.world_size:
+        need, there = ranking.least[1].peak_bytes, ranking.limit_bytes
+        cause = (
+            f"\n  dp_shard {layout.world_size} does not fit: {format_bytes(need)} per rank, where "
+            f"{format_fraction(FIT_FRAC)} of {format_bytes(there)} may be planned"
+        )
+    else:
+        cause = ""
+    do = what_works(recipe, machine, n_nodes, cpu_ranks, to_train=True)
+    raise PlanError(sentence + cause, where=where, do=do or "take a smaller model or a shorter data.seq_len_tokens")

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from aifactory_train.errors import PlanError
 from aifactory_train.plan.contract import Layout
 
 _NOT_YET = "this version does not train with"
 
 
-def why_not_trainable(layout: Layout) -> str | None:
-    """One sentence where training refuses the layout, None where it runs."""
+def why_not_trainable(layout: Layout, given: Collection[str] = ()) -> str | None:
+    """One sentence where training refuses the layout, None where it runs.
+
+    Args:
+        given: axes that the user set, which are named before those that the plan chose around them.
+    """
     if layout.engine != "fsdp2":
         return f"{_NOT_YET} engine {layout.engine}; it has fsdp2"
-    for axis in ("pp", "dp_replicate", "cp", "tp"):
+    axes = ("pp", "dp_replicate", "cp", "tp")
+    for axis in sorted(axes, key=lambda axis: axis not in given) if given else axes:
         if getattr(layout, axis) != 1:
             return f"{_NOT_YET} {axis} {getattr(layout, axis)}; the only axis that it splits over is dp_shard"
     if layout.dp_shard != layout.world_size:
@@ -37,8 +44,7 @@ def refuse_untrainable(layout: Layout, where: str) -> None:
         error = PlanError(
             sentence,
             where=where,
-            do="leave the key at auto, or take fewer nodes or a larger train.global_batch_tokens;"
-            " aifactory-train plan RECIPE --explain  shows what this version can train",
+            do="aifactory-train launch RECIPE --run RUN  writes one that this version trains, or says what to change",
         )
         error.on_every_rank = True  # all ranks read the same plan
         raise error

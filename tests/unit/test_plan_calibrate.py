@@ -330,3 +330,24 @@ def test_a_plan_says_which_terms_are_measured_published_and_assumed():
     assert "links of fsdp" in found and "links of tp" not in found
     bare = {term: how for term, how, _ in measured_vs_assumed(a_gpu_machine(), layout)}
     assert bare["matrix products"] == bare["device memory"] == bare["links of fsdp"] == "assumed"
+
+
+def test_calibrate_replaces_a_machine_file_and_no_other(tmp_path, capsys):
+    machine, run = a_machine_with_a_result(tmp_path, range(1, 201))
+    write_machine(machine, tmp_path / "old.yaml")
+    readme, verb = tmp_path / "README.md", ["calibrate", str(tmp_path / "old.yaml"), str(run.root), "--out"]
+    readme.write_text("# mine\n")
+    assert main([*verb, str(readme)]) == 2
+    assert readme.read_text() == "# mine\n" and "--out FILE" in capsys.readouterr().err
+    for said in ("written", "replaced"):
+        assert main([*verb, str(tmp_path / "new.yaml")]) == 0
+        assert f"{said}: {tmp_path / 'new.yaml'}" in capsys.readouterr().out
+
+
+def test_calibrate_with_rates_alone_says_that_the_ratio_is_dropped(tmp_path, capsys):
+    ratio = Ratio(median=1.5, low=1.2, high=1.9, n_results=3)
+    write_machine(a_gpu_machine(Measured(step_time_ratio=Ratios(bf16=ratio))), tmp_path / "site.yaml")
+    verb = ["calibrate", str(tmp_path / "site.yaml"), str(rates_file(tmp_path)), "--out", str(tmp_path / "new.yaml")]
+    assert main(verb) == 0
+    said = capsys.readouterr().out
+    assert "step_time_ratio.bf16: dropped, because no bf16 run was given" in said and "step_time_ratio.fp32" not in said
