@@ -137,6 +137,7 @@ def _layout_rows(plan: Plan) -> list[tuple[str, str]]:
     gathered = "block by block" if layout.reshard_after_forward else "once for forward and backward"
     if layout.engine == "deepspeed":
         gathered = {1: "never split", 2: "never split, gradients are", 3: "block by block"}[layout.zero_stage]
+    summed = "reduced in each micro-batch" if layout.reduce_each_micro_batch else "added up whole, reduced once a step"
     who = _plural(layout.dp, "rank" if layout.dp == layout.world_size else "replica")
     micro = f"{layout.accumulation} micro-batch{'es' * (layout.accumulation > 1)} of"
     batch = f"{who} x {micro} {_plural(layout.micro_batch_rows, 'row')}"
@@ -145,6 +146,7 @@ def _layout_rows(plan: Plan) -> list[tuple[str, str]]:
         ("batch", f"{rows} rows of {seq} tokens = {batch}, remat {layout.remat}"),
         ("parameters", f"gathered {gathered}" if layout.shard_degree > 1 else "whole on each rank"),
         ("activations", kept[layout.remat]),
+        *([("gradients", summed)] if layout.accumulation > 1 and layout.shard_degree > 1 else []),
         *([("pipeline", f"{layout.stages_per_rank} stage(s) on each rank")] if layout.pp > 1 else []),
         *([("offload", "optimizer state in host memory")] if layout.offload == "optimizer" else []),
         ("host", f"{layout.threads_per_rank} thread(s) a rank"),
