@@ -72,11 +72,13 @@ class Pace:
 
 @dataclass(frozen=True)
 class Forward:
-    """Seconds of one forward, by what bounds them; of its last product; of the products of its backward pass."""
+    """Seconds of one forward, by what bounds them; of its last product; of every second one (which selective
+    remat computes again); of the products of its backward pass."""
 
     gemm_s: float
     backward_gemm_s: float
     last_gemm_s: float
+    second_gemms_s: float = 0.0
     attention_s: float = 0.0
     elementwise_s: float = 0.0
     gaps_s: float = 0.0
@@ -158,7 +160,7 @@ def block_forward(work: Work, layout: Layout, software: Software, pace: Pace) ->
     size = shape.BYTES[layout.precision]
     products = ((tokens, q + 2 * kv, d), (tokens, d, q), (tokens, (n_mlp - 1) * f, d), (tokens, d, f))
     fused = layout.compile if software.fused_elementwise is None else software.fused_elementwise
-    moved_bytes = _moved_elements(tokens, d, f, q, kv, layout, software, fused, n_mlp) * size
+    moved_bytes = _moved_elements(tokens, d, f, q, kv, layout, software, fused, n_mlp, model.qk_norm) * size
     if layout.precision == "fp8":
         # Each input is read in bf16 and written in fp8 for its product, each gradient too in the backward pass.
         moved_bytes += 3 * sum(m * k for m, _, k in products)
@@ -172,10 +174,15 @@ def block_forward(work: Work, layout: Layout, software: Software, pace: Pace) ->
             attention_s *= UNALIGNED_HEAD_FACTOR
         attention_s += scores * size * (4 if fused else 8) / pace.memory_bytes_per_s
     rate = pace.gemm_flops_per_s
+    forward_s = [gemm_s(m, n, k, rate, pace, size) for m, n, k in products]
+    qkv_s, o_s, up_s, down_s = forward_s
+    # Of q, k, v, o, gate, up, down: k, o and up; of a plain MLP's six: k, o and down.
+    second_mlp_s = up_s / 2 if n_mlp == 3 else down_s
     return Forward(
-        gemm_s=sum(gemm_s(m, n, k, rate, pace, size) for m, n, k in products),
+        gemm_s=sum(forward_s),
+        second_gemms_s=qkv_s * kv / (q + 2 * kv) + o_s + second_mlp_s,
         backward_gemm_s=sum(backward_gemm_s(m, n, k, rate, pace, size) for m, n, k in products),
-        last_gemm_s=gemm_s(*products[-1], rate, pace, size),
+        last_gemm_s=down_s,
         attention_s=attention_s,
         elementwise_s=moved_bytes / pace.memory_bytes_per_s,
         gaps_s=(KERNELS_FUSED if fused else KERNELS_EAGER) * pace.kernel_gap_s,
@@ -183,7 +190,16 @@ def block_forward(work: Work, layout: Layout, software: Software, pace: Pace) ->
 
 
 def _moved_elements(
-    tokens: float, d: float, f: float, q: float, kv: float, layout: Layout, software: Software, fused: bool, n_mlp: int
+    tokens: float,
+    d: float,
+    f: float,
+    q: float,
+    kv: float,
+    layout: Layout,
+    software: Software,
+    fused: bool,
+    n_mlp: int,
+    qk_norm: bool,
 ) -> float:
     """Numbers read and written between the products of a block, forward.
 
@@ -191,11 +207,12 @@ def _moved_elements(
     (2) and sum (3) apart, RoPE in six passes, activation (2) and product (3) apart.
     """
     split = layout.tp if software.sequence_parallel else 1
+    normed = 2 if qk_norm else 1
     if fused:
-        per_token = 2 * 4 * d / split + 2 * (q + kv) + n_mlp * f
+        per_token = 2 * 4 * d / split + 2 * (q + kv) * normed + n_mlp * f
     else:
         norm = NORM_ELEMENTS if software.fused_norm else EAGER_NORM_ELEMENTS
-        per_token = 2 * (norm + 3) * d / split + 6 * (q + kv) + (5 if n_mlp == 3 else 4) * f
+        per_token = 2 * (norm + 3) * d / split + (6 + norm * (normed - 1)) * (q + kv) + (5 if n_mlp == 3 else 4) * f
     return tokens * per_token
 
 

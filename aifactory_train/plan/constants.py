@@ -12,14 +12,14 @@ from dataclasses import dataclass, field
 def _gemm_frac() -> dict[str, float]:
     return {
         "volta": 0.794,
-        "ampere": 0.701,
-        "hopper": 0.72,
-        "hopper fp8": 0.718,
-        "blackwell": 0.686,
-        "blackwell fp8": 0.662,
-        "cdna2": 0.47,
-        "cdna3": 0.402,
-        "cdna3 fp8": 0.212,
+        "ampere": 0.7,
+        "hopper": 0.718,
+        "hopper fp8": 0.717,
+        "blackwell": 0.684,
+        "blackwell fp8": 0.658,
+        "cdna2": 0.469,
+        "cdna3": 0.401,
+        "cdna3 fp8": 0.206,
         "xe": 0.3,
         "other": 0.6,
         "cpu": 1.0,
@@ -27,7 +27,7 @@ def _gemm_frac() -> dict[str, float]:
 
 
 def _attention_frac() -> dict[str, float]:
-    return {"unfused": 0.348, "flash1": 0.358, "flash2": 0.418, "flash3": 0.559}
+    return {"unfused": 0.347, "flash1": 0.358, "flash2": 0.415, "flash3": 0.56}
 
 
 @dataclass(frozen=True)
@@ -53,24 +53,24 @@ class Constants:
     """
 
     gemm_frac: dict[str, float] = field(default_factory=_gemm_frac)
-    wave_frac: float = 0.535
-    gemm_half_depth: float = 62.4
+    wave_frac: float = 0.534
+    gemm_half_depth: float = 62.3
     attention_frac: dict[str, float] = field(default_factory=_attention_frac)
-    newer_attention_frac: float = 0.497
-    memory_frac: float = 0.729
-    kernel_gap_s: float = 3.41e-6
-    node_link_frac: float = 0.705
-    nic_frac: float = 0.715
-    node_latency_s: float = 9.77e-6
-    nic_latency_s: float = 18.6e-6
-    tp_overlap_frac: float = 0.587
+    newer_attention_frac: float = 0.496
+    memory_frac: float = 0.728
+    kernel_gap_s: float = 3.4e-6
+    node_link_frac: float = 0.704
+    nic_frac: float = 0.714
+    node_latency_s: float = 9.75e-6
+    nic_latency_s: float = 18.5e-6
+    tp_overlap_frac: float = 0.586
     cp_overlap_frac: float = 0.7
-    dp_overlap_frac: float = 0.787
-    contention_frac: float = 0.201
+    dp_overlap_frac: float = 0.788
+    contention_frac: float = 0.202
     broadcast_s: float = 0.0012
     straggler_frac: float = 0.00531
-    step_host_s: float = 0.0228
-    power_exponent: float = 0.513
+    step_host_s: float = 0.0229
+    power_exponent: float = 0.52
 
 
 CONSTANTS = Constants()

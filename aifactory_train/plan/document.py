@@ -6,7 +6,8 @@ from typing import Any
 
 from aifactory_train.plan.basis import measured_vs_assumed
 from aifactory_train.plan.cost import run_cost_of, run_cost_range_of, tokens_for_device_hours
-from aifactory_train.plan.nodes import NodeTable, nearest_trainable, tokens_bought
+from aifactory_train.plan.nearest import what_works
+from aifactory_train.plan.nodes import NodeTable, tokens_bought
 from aifactory_train.plan.plan import Plan
 from aifactory_train.plan.search import Candidate, Ranking
 from aifactory_train.plan.support import why_not_trainable
@@ -74,7 +75,8 @@ def nearest_of(plan: Plan) -> str | None:
     layout = plan.layout
     if why_not_trainable(layout) is None:
         return None
-    return nearest_trainable(plan.recipe, plan.machine, layout.n_nodes, layout.world_size // layout.n_nodes)
+    per_node = layout.world_size // layout.n_nodes
+    return what_works(plan.recipe, plan.machine, layout.n_nodes, per_node, to_train=True) or None
 
 
 def _candidate(candidate: Candidate, order_only: bool) -> dict[str, Any]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 from aifactory_train.errors import PlanError
 from aifactory_train.machine.machine import Machine
 from aifactory_train.plan.calibrate import correct_step_time
 from aifactory_train.plan.cost import estimate_cost, hours_of
-from aifactory_train.plan.layout import describe, ranks_per_node
+from aifactory_train.plan.layout import describe
 from aifactory_train.plan.refuse import check_kind, check_wishes, nothing_left, shorter_run
 from aifactory_train.plan.search import Candidate, search
 from aifactory_train.recipe.schema import Recipe
@@ -126,46 +125,6 @@ def wider_limits(machine: Machine, n_nodes: int, partition: str | None = None) -
             time = "" if other.max_time_h is None else f", {format_hours(other.max_time_h)} a job"
             wider.append(f"{option} {name} ({other.max_nodes} nodes{time})")
     return tuple(wider)
-
-
-def nearest_trainable(recipe: Recipe, machine: Machine, n_nodes: int, cpu_ranks: int = 1) -> str | None:
-    """What to change so that this version can train: keys, the number of nodes or the batch. None: nothing is near."""
-    plain, per_node, rows = _as_trained(recipe), ranks_per_node(machine, cpu_ranks), recipe.global_batch_rows
-
-    def trains(changed: Recipe, n: int) -> bool:
-        chosen = search(changed, machine, n, cpu_ranks).chosen
-        return chosen is not None and chosen.why_not is None
-
-    if trains(plain, n_nodes):
-        set_aside = [
-            f"layout.{key}" for key, value in recipe.layout if value not in ("auto", getattr(plain.layout, key))
-        ]
-        set_aside += ["train.precision"] if recipe.train.precision == "fp8" else []
-        return f"leave {', '.join(set_aside)} at auto"
-    most = min(MOST_NODES, machine.nodes or MOST_NODES)
-    counts = [n for n in range(1, min(rows // per_node, most) + 1) if rows % (n * per_node) == 0]
-    near = next((n for n in sorted(counts, key=lambda n: abs(math.log(n / n_nodes))) if trains(plain, n)), None)
-    ways = []
-    if near is not None:
-        limit = job_limits(machine).max_nodes
-        wider = wider_limits(machine, near) if limit is not None and near > limit else ()
-        ways.append(f"--nodes {near}" + (f" with {' or '.join(wider)}" if wider else ""))
-    ranks = n_nodes * per_node
-    tokens = -(-rows // ranks) * ranks * recipe.data.seq_len_tokens
-    train = plain.train.model_copy(update={"global_batch_tokens": tokens, "micro_batch_rows": "auto"})
-    if rows % ranks and trains(plain.model_copy(update={"train": train}), n_nodes):
-        ways.append(f"--set train.global_batch_tokens={tokens} on {n_nodes} node(s)")
-    return " or ".join(ways) or None
-
-
-def _as_trained(recipe: Recipe) -> Recipe:
-    """The recipe with every wish set aside that training refuses."""
-    axes = {"pp": 1, "dp_replicate": 1, "cp": 1, "tp": 1, "dp_shard": "auto", "stages_per_rank": "auto"}
-    kind = {"engine": "fsdp2", "zero_stage": "auto", "offload": "none"}
-    remat = {"remat": "auto"} if recipe.layout.remat == "selective" else {}
-    layout = recipe.layout.model_copy(update=axes | kind | remat)
-    precision = {"precision": "bf16"} if recipe.train.precision == "fp8" else {}
-    return recipe.model_copy(update={"layout": layout, "train": recipe.train.model_copy(update=precision)})
 
 
 def choose_nodes(

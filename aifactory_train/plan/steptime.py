@@ -25,14 +25,16 @@ HOST_OPTIMIZER_BYTES_PER_PARAMETER = 7 * 4
 # Assumed where the machine file has none: PCIe 4 x16, and the share of a two-socket host's memory rate.
 HOST_LINK_BYTES_PER_S = 25e9
 HOST_MEMORY_BYTES_PER_S = 400e9
+NEWTON_SCHULZ_STEPS = 5  # of train/optim.py
 # Backward over forward: two products for each; the flash kernel computes the scores again (5 products for 2).
 BACKWARD_SCORES, BACKWARD_FLASH, BACKWARD_ELEMENTWISE = 2.0, 2.5, 2.0
 
 
 @dataclass(frozen=True)
 class _Compute:
-    """Seconds of one micro-batch on the slowest stage, and the mean over stages."""
+    """Seconds of one micro-batch on the slowest rank of pp, which has `n_blocks`, and the mean over ranks."""
 
+    n_blocks: int
     matmul_s: float
     attention_s: float
     elementwise_s: float
@@ -60,12 +62,13 @@ def estimate_step_time_s(
     links = axis_links(machine, layout, constants)
     compute = _compute(work, layout, software, pace)
     n_micro = layout.accumulation
-    tp_s = _tensor_parallel_s(work, layout, software, links["tp"], constants)
+    tp_s = _tensor_parallel_s(work, layout, software, links["tp"], compute.n_blocks, constants)
     cp_s = _context_parallel_s(work, layout, links["cp"], compute, constants)
     transfer_s = _pipeline_transfer_s(work, layout, links["pp"])
     micro_s = compute.total_s + tp_s + cp_s + transfer_s
-    fill = (layout.pp - 1) / layout.stages_per_rank * compute.mean_over_slowest
-    data_parallel_s = _data_parallel_s(work, layout, software, links, micro_s, compute, constants)
+    # While the first micro-batch fills the pipeline and the last drains it, the slowest rank waits for all others once.
+    fill = (layout.pp * compute.mean_over_slowest - 1) / layout.stages_per_rank
+    data_parallel_s = _data_parallel_s(work, layout, software, links, micro_s, constants)
     terms = {
         "matmul": n_micro * compute.matmul_s,
         "attention": n_micro * compute.attention_s,
@@ -78,7 +81,7 @@ def estimate_step_time_s(
         "pipeline_transfers": n_micro * transfer_s,
         "pipeline_bubble": fill * micro_s,
         "data_parallel": data_parallel_s,
-        "optimizer": _optimizer_s(work, machine, layout, pace),
+        "optimizer": _optimizer_s(work, machine, layout, pace, links["fsdp"]),
         "data": _data_s(work, machine, layout),
         "checkpoint_stall": _checkpoint_stall_s(work, machine, layout),
         "host": constants.step_host_s,
@@ -116,6 +119,7 @@ def _compute(work: Work, layout: Layout, software: Software, pace: Pace) -> _Com
     slowest_s = n_blocks * block_s + (head_s if last_is_slowest else 0.0)
     mean_s = (work.model.n_layers * block_s + head_s) / layout.pp
     return _Compute(
+        n_blocks=n_blocks,
         matmul_s=n_blocks * (block.gemm_s + block.backward_gemm_s),
         attention_s=n_blocks * (1 + back_attention) * block.attention_s,
         elementwise_s=n_blocks * (1 + BACKWARD_ELEMENTWISE) * block.elementwise_s,
@@ -129,15 +133,16 @@ def _compute(work: Work, layout: Layout, software: Software, pace: Pace) -> _Com
 def _recomputed_s(block: Forward, remat: str, software: Software) -> float:
     if remat == "full":
         return block.total_s - (block.last_gemm_s if software.stops_recomputing_early else 0.0)
-    # Every second matrix product is kept, and the attention.
-    return 0.5 * block.gemm_s + block.elementwise_s + block.gaps_s if remat == "selective" else 0.0
+    return block.second_gemms_s + block.elementwise_s + block.gaps_s if remat == "selective" else 0.0
 
 
 def _tokens(work: Work, layout: Layout) -> float:
     return layout.micro_batch_rows * work.seq_len_tokens / layout.cp
 
 
-def _tensor_parallel_s(work: Work, layout: Layout, software: Software, link: AxisLink, constants: Constants) -> float:
+def _tensor_parallel_s(
+    work: Work, layout: Layout, software: Software, link: AxisLink, n_blocks: int, constants: Constants
+) -> float:
     """Per micro-batch of one stage: each block gathers and scatters its activations twice forward, twice backward.
 
     With sequence parallel the backward pass gathers the inputs of its two products once more. Full remat repeats the
@@ -151,7 +156,6 @@ def _tensor_parallel_s(work: Work, layout: Layout, software: Software, link: Axi
     n_pairs = 4 + (2 if layout.remat == "full" else 0)
     again_s = 2 * gather_s if software.sequence_parallel else 0.0
     hidden = constants.tp_overlap_frac if software.overlap_tp else 0.0
-    n_blocks = -(-work.model.n_layers // layout.pp)
     seconds = n_blocks * (n_pairs * pair_s + again_s) * (1 - hidden)
     if not software.vocab_parallel_loss:
         logits_bytes = _tokens(work, layout) * work.model.vocab_size * shape.BYTES[layout.precision]
@@ -167,10 +171,9 @@ def _context_parallel_s(work: Work, layout: Layout, link: AxisLink, compute: _Co
     kv_heads = model.n_kv_heads / min(layout.tp, model.n_kv_heads)
     row_bytes = layout.micro_batch_rows * work.seq_len_tokens * 2 * kv_heads * model.head_size
     row_bytes *= shape.BYTES[layout.precision]
-    n_blocks = -(-model.n_layers // layout.pp)
     n_gathers = 2 + (1 if layout.remat == "full" else 0)
     gather_s = collective_s("all_gather", row_bytes, link)
-    seconds = n_blocks * (n_gathers * gather_s + collective_s("reduce_scatter", row_bytes, link))
+    seconds = compute.n_blocks * (n_gathers * gather_s + collective_s("reduce_scatter", row_bytes, link))
     return max(seconds - constants.cp_overlap_frac * compute.attention_s, (1 - constants.cp_overlap_frac) * seconds)
 
 
@@ -188,7 +191,6 @@ def _data_parallel_s(
     software: Software,
     links: dict[str, AxisLink],
     micro_s: float,
-    compute: _Compute,
     constants: Constants,
 ) -> float:
     """Per step: gathers of weights and reductions of gradients, as far as no computation hides them.
@@ -219,8 +221,7 @@ def _data_parallel_s(
         again_s += reduce_s if each else 0.0
         last_s = _exposed_s(gathers_s + reduce_s, micro_s, software, constants, n_layers)
         return last_s + (layout.accumulation - 1) * _exposed_s(again_s, micro_s, software, constants, n_layers)
-    window_s = micro_s * (1 if layout.accumulation > 1 or layout.pp == 1 else 0.7)
-    return _exposed_s(gather_s + reduce_s, window_s, software, constants, n_layers)
+    return _exposed_s(gather_s + reduce_s, micro_s, software, constants, n_layers)
 
 
 def _exposed_s(seconds: float, window_s: float, software: Software, constants: Constants, n_parts: float) -> float:
@@ -231,14 +232,26 @@ def _exposed_s(seconds: float, window_s: float, software: Software, constants: C
     return seconds - hidden + constants.contention_frac * hidden
 
 
-def _optimizer_s(work: Work, machine: Machine, layout: Layout, pace: Pace) -> float:
+def _optimizer_s(work: Work, machine: Machine, layout: Layout, pace: Pace, link: AxisLink) -> float:
     n_weights = shape.n_parameters(work.model) / (layout.tp * layout.pp * layout.shard_degree)
+    muon_s = _muon_s(work, layout, pace, link) if work.optimizer == "muon" else 0.0
     if layout.offload == "none":
-        return n_weights * OPTIMIZER_BYTES_PER_PARAMETER / pace.memory_bytes_per_s
-    link = machine.topology.host_bytes_per_s or HOST_LINK_BYTES_PER_S
+        return muon_s + n_weights * OPTIMIZER_BYTES_PER_PARAMETER / pace.memory_bytes_per_s
+    host_link = machine.topology.host_bytes_per_s or HOST_LINK_BYTES_PER_S
     ranks_per_node = layout.world_size // layout.n_nodes
     host_s = n_weights * ranks_per_node * HOST_OPTIMIZER_BYTES_PER_PARAMETER / HOST_MEMORY_BYTES_PER_S
-    return host_s + n_weights * (shape.BYTES["fp32"] + shape.BYTES["bf16"]) / link
+    return muon_s + host_s + n_weights * (shape.BYTES["fp32"] + shape.BYTES["bf16"]) / host_link
+
+
+def _muon_s(work: Work, layout: Layout, pace: Pace, link: AxisLink) -> float:
+    """Each rank gathers the fp32 momentum of whole matrices and makes it orthogonal (train/optim.py)."""
+    at = shape.dims(work.model, layout.tp)
+    sides = [(at.d, at.q), (at.d, at.kv), (at.d, at.kv), (at.q, at.d)] + at.n_mlp_matrices * [(at.d, at.f)]
+    # One of the five steps, on rows x columns with rows the fewer: x x^T and gram x, and between them gram gram.
+    flops = sum(NEWTON_SCHULZ_STEPS * (4 * min(s) ** 2 * max(s) + 2 * min(s) ** 3) for s in sides)
+    n_bytes = shape.BYTES["fp32"] * sum(rows * columns for rows, columns in sides)
+    block_s = flops / pace.head_flops_per_s + collective_s("all_gather", n_bytes, link)
+    return work.model.n_layers / layout.pp * block_s
 
 
 def _data_s(work: Work, machine: Machine, layout: Layout) -> float:

@@ -9,12 +9,15 @@ import pytest
 
 from aifactory_train.cli import main
 from aifactory_train.machine.load import load_machine
+from aifactory_train.plan.constants import CONSTANTS
 from aifactory_train.plan.cost import render_run_cost, run_cost_of, run_cost_range_of
 from aifactory_train.plan.curve import render_nodes
 from aifactory_train.plan.explain import explain, runner_up, summarize
-from aifactory_train.plan.nodes import build_node_table, nearest_trainable
+from aifactory_train.plan.nearest import what_works
+from aifactory_train.plan.nodes import build_node_table
 from aifactory_train.plan.plan import Plan, make_ranked_plan
 from aifactory_train.recipe.load import load_recipe
+from aifactory_train.units import format_fraction
 from plan_machines import DEMO, GIB, LLAMA_8B, LLAMA_70B, cpu, gpus
 
 # Few layouts, so that a curve over many nodes is quick.
@@ -102,20 +105,20 @@ def test_under_the_table_stands_the_qos_that_gives_a_job_more_nodes(capsys):
 
 @pytest.mark.parametrize("render", [summarize, explain])
 def test_a_plan_that_cannot_be_trained_says_so_first_with_the_nearest_that_can(render):
-    # 512 rows cannot be shared by 1024 ranks: 128 nodes of 4, or 1024 rows of 8192 tokens.
+    # 512 rows cannot be shared by 1024 ranks: 1024 rows of 8192 tokens can.
     recipe, machine = load_recipe(LLAMA_8B), gpus(64 * GIB)
     plan, ranking = make_ranked_plan(recipe, machine, n_nodes=256)
     text = render(plan, ranking)
     warning = text.index("  warning       launch refuses this plan: this version does not train with")
     assert text.index("  machine") < warning < text.index("  memory")
-    assert f"trainable: --nodes 128 or --set train.global_batch_tokens={1024 * 8192} on 256 node(s)" in text
+    assert f"trainable: --set train.global_batch_tokens={1024 * 8192}" in text
     assert "not trainable: " not in text, "it is said once"
     assert "warning" not in render(*make_ranked_plan(recipe, machine, n_nodes=128))
 
 
 def test_a_key_that_training_refuses_is_named_where_it_alone_is_in_the_way():
     recipe = load_recipe(LLAMA_8B, ["layout.tp=2", "layout.remat=selective"])
-    assert nearest_trainable(recipe, gpus(), 4) == "leave layout.tp, layout.remat at auto"
+    assert what_works(recipe, gpus(), 4, 1, to_train=True) == "--set layout.tp=auto --set layout.remat=auto"
 
 
 def test_the_page_begins_with_the_verdict_and_ends_with_what_it_rests_on():
@@ -144,7 +147,8 @@ def test_two_devices_in_a_package_are_told_as_such_and_nics_by_their_published_r
     text = explain(*make_ranked_plan(load_recipe(LLAMA_8B), load_machine("lumi-g"), n_nodes=8))
     assert "8 node(s), 64 devices (AMD Instinct MI250X, one GCD each)" in text
     # Four NICs of 200 Gbit/s are 100 GB/s.
-    assert "ring over a node's NICs at 71.5 % of the published 100 GB/s" in text
+    share = format_fraction(CONSTANTS.nic_frac)
+    assert f"ring over a node's NICs at {share} of the published 100 GB/s" in text
 
 
 def test_a_share_of_an_assumed_peak_says_of_which():

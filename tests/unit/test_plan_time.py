@@ -154,7 +154,8 @@ def test_full_remat_is_one_more_forward_of_all_blocks_and_selective_every_second
     assert terms(remat="full")["recomputation"] == pytest.approx(8 * 4 * (block.total_s - down_s))
     whole = dataclasses.replace(OURS, stops_recomputing_early=False)
     assert terms(remat="full", software=whole)["recomputation"] == pytest.approx(8 * 4 * block.total_s)
-    selective = 8 * 4 * (block.gemm_s / 2 + block.elementwise_s)
+    # Every second of q, k, v, o, gate, up, down: 500, 1000 and 4000 columns by 1000.
+    selective = 8 * 4 * (2 * 2000 * 1000 * (500 + 1000 + 4000) / 0.5e15 + block.elementwise_s)
     assert terms(remat="selective")["recomputation"] == pytest.approx(selective)
     assert "recomputation" not in terms()
 
@@ -175,8 +176,8 @@ def test_an_empty_pipeline_waits_for_as_many_micro_batches_as_it_has_stages_less
     micro_s = (slow_head["matmul"] + slow_head["attention"] + slow_head["elementwise"] + slow_head["head_and_loss"]) / 8
     head_s = slow_head["head_and_loss"] / 8
     transfers_s = slow_head["pipeline_transfers"] / 8
-    mean_over_slowest = (2 * micro_s - head_s) / 2 / micro_s
-    assert slow_head["pipeline_bubble"] == pytest.approx((micro_s + transfers_s) * mean_over_slowest)
+    other_s = micro_s - head_s
+    assert slow_head["pipeline_bubble"] == pytest.approx((micro_s + transfers_s) * other_s / micro_s)
     assert terms(pp=2, stages_per_rank=2)["pipeline_bubble"] < slow_head["pipeline_bubble"]
 
 
@@ -265,6 +266,25 @@ def test_the_optimizer_moves_its_state_in_device_or_host_memory():
     # Two ranks of a node share its memory, and each has its own link.
     found = terms(offload="optimizer", dp_shard=2, accumulation=4)["optimizer"]
     assert found == pytest.approx(WEIGHTS * 28 / 400e9 + WEIGHTS / 2 * 6 / 10e9)
+
+
+def test_muon_makes_whole_matrices_orthogonal_on_each_rank():
+    muon = dataclasses.replace(WORK, optimizer="muon")
+    # Five times 4 r^2 c + 2 r^3: q and o 1000 x 1000, k and v 500 x 1000, gate, up and down 1000 x 4000; 4 blocks.
+    flops = 4 * 5 * (2 * 6e9 + 2 * 1.25e9 + 3 * 18e9)
+    assert terms(work=muon)["optimizer"] - terms()["optimizer"] == pytest.approx(flops / 0.5e15)
+    # And gathers their fp32 momentum, half of which is on the other rank.
+    apart = terms(work=muon, dp_shard=2, accumulation=4)["optimizer"] - terms(dp_shard=2, accumulation=4)["optimizer"]
+    gather_s = 4 * BLOCK_WEIGHTS * 4 / 2 / rate_of("fsdp", dp_shard=2)
+    assert apart == pytest.approx(flops / 0.5e15 + gather_s)
+
+
+def test_norms_of_q_and_k_move_them_once_more():
+    normed = dataclasses.replace(WORK, model=MODEL.model_copy(update={"family": "qwen3"}))
+    for compiled, more in ((True, 2), (False, 2)):
+        extra_s = 3 * 4 * 16_000 * more * 1500 * 2 / 1e13
+        plain_s = terms(compile=compiled)["elementwise"]
+        assert terms(work=normed, compile=compiled)["elementwise"] == pytest.approx(plain_s + extra_s)
 
 
 def test_fp8_speeds_up_the_blocks_alone_and_pays_for_its_casts():
