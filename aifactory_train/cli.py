@@ -270,6 +270,7 @@ def _plan(args: argparse.Namespace) -> None:
     from aifactory_train.launch.local import check_run_folder, write_run_folder
     from aifactory_train.machine.load import load_machine
     from aifactory_train.plan.explain import render_answer
+    from aifactory_train.plan.limits import job_limits
     from aifactory_train.plan.nodes import choose_nodes
     from aifactory_train.plan.plan import make_ranked_plan
     from aifactory_train.recipe.load import load_recipe
@@ -284,7 +285,9 @@ def _plan(args: argparse.Namespace) -> None:
     if run is not None:
         check_run_folder(plan, run)
         write_run_folder(plan, run)
-    print(render_answer(plan, ranking, table, args.gpu_hours, args.form))
+    limit_h = job_limits(machine, args.partition, args.qos).max_time_h
+    job_time_s = None if limit_h is None else limit_h * 3600
+    print(render_answer(plan, ranking, table, args.gpu_hours, args.form, job_time_s))
     if args.form != "json":
         print(f"\nwritten: {run.plan}" if run else "\nnot written; --run RUN writes it into a run folder")
 

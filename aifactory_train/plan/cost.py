@@ -26,7 +26,9 @@ from aifactory_train.plan.failures import (
     expected_time_s,
     mtbf_s,
 )
+from aifactory_train.plan.limits import job_limits
 from aifactory_train.plan.rates import family_rates
+from aifactory_train.plan.steptime import STAGE_BYTES_PER_S
 from aifactory_train.recipe.schema import Recipe
 
 if TYPE_CHECKING:
@@ -36,8 +38,6 @@ if TYPE_CHECKING:
 # takes them as long as no save was measured: a cautious guess.
 RANK_SAVE_BYTES_PER_S = 100e6
 JOB_SAVE_BYTES_PER_S = 2e9
-# A copy to host memory while all devices of a node copy: a fifth of PCIe 4.0 x16.
-STAGE_BYTES_PER_S = 5e9
 # Prologue of the job, imports on all nodes, the communicators, the first step with what is compiled for it.
 STARTUP_S = 180.0
 
@@ -172,15 +172,6 @@ def n_chained_jobs(work_s: float, job_time_s: float | None, first_s: float, next
     return 1 + math.ceil((work_s + first_s - job_time_s) / (job_time_s - next_s))
 
 
-def job_limit_s(machine: Machine) -> float | None:
-    """The longest job of the default partition and QoS; None where there is no limit or nobody says."""
-    if machine.slurm is None:
-        return None
-    limits_h = [machine.slurm.partition.max_time_h]
-    limits_h += [qos.max_time_h for qos in machine.slurm.qos if qos.name == machine.slurm.default_qos]
-    return min((h * 3600 for h in limits_h if h is not None), default=None)
-
-
 def estimate_run_cost(
     machine: Machine, layout: Layout, size: RunSize, step_time_s: float, job_time_s: float | None = None
 ) -> RunCost:
@@ -189,7 +180,8 @@ def estimate_run_cost(
     Args:
         job_time_s: wall time of one job; None: the longest that the default partition and QoS allow.
     """
-    job_time_s = job_time_s or job_limit_s(machine)
+    limit_h = job_limits(machine).max_time_h
+    job_time_s = job_time_s or (None if limit_h is None else limit_h * 3600)
     n_devices = layout.n_nodes * machine.device.per_node
     save = estimate_save(machine, layout, size.checkpoint_bytes, size.asynchronous_save)
     n_packages = n_devices / devices_per_package(machine.device)

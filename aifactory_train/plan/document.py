@@ -14,17 +14,21 @@ from aifactory_train.plan.support import why_not_trainable
 
 
 def document(
-    plan: Plan, ranking: Ranking, table: NodeTable | None, device_hours: float | None = None
+    plan: Plan,
+    ranking: Ranking,
+    table: NodeTable | None,
+    device_hours: float | None = None,
+    job_time_s: float | None = None,
 ) -> dict[str, Any]:
     """Plan and ranking as JSON values. Seconds and tokens/s of the ranking are null where they only order it."""
-    cost = run_cost_of(plan)
+    cost = run_cost_of(plan, job_time_s)
     basis = measured_vs_assumed(plan.machine, plan.layout)
     bought = None if cost is None or device_hours is None else tokens_for_device_hours(cost, device_hours)
     return {
         "plan": plan.model_dump(mode="json"),
         "why_not_trainable": why_not_trainable(plan.layout),
         "nearest_trainable": nearest_of(plan),
-        **_cost_values(plan),
+        **_cost_values(plan, job_time_s),
         "tokens_bought": bought,
         "basis": [{"term": term, "source": source, "text": text} for term, source, text in basis],
         "ranking": [_candidate(c, ranking.order_only) for c in distinct(ranking)],
@@ -42,12 +46,12 @@ def document(
     }  # fmt: skip
 
 
-def _cost_values(plan: Plan) -> dict[str, Any]:
+def _cost_values(plan: Plan, job_time_s: float | None) -> dict[str, Any]:
     """Of the whole run: the middle of the predicted range, and its ends where one is known."""
-    cost = run_cost_of(plan)
+    cost = run_cost_of(plan, job_time_s)
     if cost is None or not cost.makes_progress:
         return {"cost": None, "jobs": None, "energy_kwh": None}
-    fast, slow = run_cost_range_of(plan) or (cost, cost)
+    fast, slow = run_cost_range_of(plan, job_time_s) or (cost, cost)
     energy_kwh = None
     if fast.energy_kwh is not None and slow.energy_kwh is not None:
         energy_kwh = {"low": fast.energy_kwh[0], "high": slow.energy_kwh[1]}

@@ -32,33 +32,46 @@ SHOWN_FRAC = 0.0005
 NOTABLE_FRAC = 0.25
 
 
-def render_answer(plan: Plan, ranking: Ranking, table: NodeTable | None, device_hours: float | None, form: Form) -> str:
-    """All that `aifactory-train plan` says. `table` and `device_hours`: see nodes.choose_nodes."""
+def render_answer(
+    plan: Plan,
+    ranking: Ranking,
+    table: NodeTable | None,
+    device_hours: float | None,
+    form: Form,
+    job_time_s: float | None = None,
+) -> str:
+    """All that `aifactory-train plan` says.
+
+    Args:
+        table: with `device_hours`, see nodes.choose_nodes.
+        job_time_s: the longest job of the chosen partition and QoS; None: of the default ones.
+    """
     if form == "json":
-        return json.dumps(document(plan, ranking, table, device_hours), indent=1)
+        return json.dumps(document(plan, ranking, table, device_hours, job_time_s), indent=1)
     nodes = None if table is None else render_nodes(table, device_hours)
-    return explain(plan, ranking, nodes) if form == "explain" else summarize(plan, ranking, nodes)
+    render = explain if form == "explain" else summarize
+    return render(plan, ranking, nodes, job_time_s)
 
 
-def summarize(plan: Plan, ranking: Ranking, nodes: str | None = None) -> str:
+def summarize(plan: Plan, ranking: Ranking, nodes: str | None = None, job_time_s: float | None = None) -> str:
     """Whether it can be trained, fit, speed, time, cost, layout, runner-up and notes. `nodes`: of render_nodes."""
     rows = [
         *_head_rows(plan),
-        *_verdict_rows(plan, ranking),
+        *_verdict_rows(plan, ranking, job_time_s),
         *_layout_rows(plan)[:2],
         *_alternative_rows(plan, ranking),
     ]
     return "\n\n".join([_table(rows), *([nodes] if nodes else []), *_noted(_notes_but(plan, ""))])
 
 
-def explain(plan: Plan, ranking: Ranking, nodes: str | None = None) -> str:
+def explain(plan: Plan, ranking: Ranking, nodes: str | None = None, job_time_s: float | None = None) -> str:
     """Everything: the verdict, the layout and where its axes run, memory and time by term, what was compared and what
     it rests on. `nodes`: of render_nodes."""
     basis = [(term, f"{source}: {text}") for term, source, text in measured_vs_assumed(plan.machine, plan.layout)]
     what_it_rests_on = _section("what it rests on", basis)
     placement = [("placement", line) for line in place(plan.machine, plan.layout)[1]]
     sections = [
-        _table([*_head_rows(plan), ("counts", _counts(plan)), *_verdict_rows(plan, ranking)]),
+        _table([*_head_rows(plan), ("counts", _counts(plan)), *_verdict_rows(plan, ranking, job_time_s)]),
         *([nodes] if nodes else []),
         _section("layout", [*_layout_rows(plan), *placement]),
         _memory(plan),
@@ -107,7 +120,7 @@ def _head_rows(plan: Plan) -> list[tuple[str, str]]:
     ]
 
 
-def _verdict_rows(plan: Plan, ranking: Ranking) -> list[tuple[str, str]]:
+def _verdict_rows(plan: Plan, ranking: Ranking, job_time_s: float | None) -> list[tuple[str, str]]:
     """Whether launch takes it, whether it fits, how fast it is and what it costs."""
     why, rows = why_not_trainable(plan.layout), []
     if why is not None:
@@ -116,7 +129,7 @@ def _verdict_rows(plan: Plan, ranking: Ranking) -> list[tuple[str, str]]:
         rows.append(
             ("warning", "no number of nodes or batch near these is trainable" if near is None else f"trainable: {near}")
         )
-    costs = [("cost", line) for line in _cost_lines(plan)]
+    costs = [("cost", line) for line in _cost_lines(plan, job_time_s)]
     return [*rows, _fit_row(plan, ranking), *_speed_rows(plan), *costs]
 
 
@@ -197,9 +210,9 @@ def _plural(n: int, what: str) -> str:
     return f"{n} {what}{'s' * (n != 1)}"
 
 
-def _cost_lines(plan: Plan) -> list[str]:
-    cost = run_cost_of(plan)
-    return [] if cost is None else render_run_cost(cost, run_cost_range_of(plan))
+def _cost_lines(plan: Plan, job_time_s: float | None) -> list[str]:
+    cost = run_cost_of(plan, job_time_s)
+    return [] if cost is None else render_run_cost(cost, run_cost_range_of(plan, job_time_s))
 
 
 def _alternative_rows(plan: Plan, ranking: Ranking) -> list[tuple[str, str]]:
@@ -239,7 +252,9 @@ def _without_remat(plan: Plan, ranking: Ranking) -> list[tuple[str, str]]:
     if layout.remat != "full" or plan.recipe.layout.remat != "auto" or limit is None:
         return []
     rows = layout.accumulation * layout.micro_batch_rows
-    kept: Layout = layout.model_copy(update={"remat": "none", "micro_batch_rows": 1, "accumulation": rows})
+    # The least that kept activations need, whatever the chosen layout does with its gradients.
+    least = {"remat": "none", "micro_batch_rows": 1, "accumulation": rows, "reduce_each_micro_batch": rows > 1}
+    kept: Layout = layout.model_copy(update=least | {"reshard_after_forward": True})
     peak = estimate_memory(work_of(plan.recipe), plan.machine.device.kind, kept).peak_bytes
     lacks = peak - FIT_FRAC * limit
     if lacks > 0:

@@ -7,6 +7,7 @@ from typing import Any
 
 from aifactory_train.machine.machine import Machine
 from aifactory_train.plan.layout import divisors, ranks_per_node
+from aifactory_train.plan.limits import job_limits
 from aifactory_train.plan.search import Candidate, Ranking, search
 from aifactory_train.recipe.schema import Recipe
 
@@ -99,7 +100,6 @@ def _around(asked: int, most: int, rows: int, per_node: int) -> tuple[list[int],
 
 def node_option(machine: Machine, n_nodes: int, asked: int) -> str | None:
     """`--nodes N` with the partition or QoS that gives a job so many; None where none does."""
-    from aifactory_train.plan.nodes import job_limits  # nodes.py imports the refusals, which import this
 
     def allowed(n: int, partition: str | None, qos: str | None) -> bool:
         limits = job_limits(machine, partition, qos)

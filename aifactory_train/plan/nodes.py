@@ -9,6 +9,7 @@ from aifactory_train.machine.machine import Machine
 from aifactory_train.plan.calibrate import correct_step_time
 from aifactory_train.plan.cost import estimate_cost, hours_of
 from aifactory_train.plan.layout import describe
+from aifactory_train.plan.limits import job_limits
 from aifactory_train.plan.refuse import check_kind, check_wishes, nothing_left, shorter_run
 from aifactory_train.plan.search import Candidate, search
 from aifactory_train.recipe.schema import Recipe
@@ -20,16 +21,6 @@ EFFICIENT_FRAC = 0.8
 BUDGET_FRAC = 0.95
 # The curve ends here where no limit is known.
 MOST_NODES = 4096
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Of one job. None where nobody says. `named`: "partition gpu with QoS normal"."""
-
-    named: str
-    min_nodes: int | None
-    max_nodes: int | None
-    max_time_h: float | None
 
 
 @dataclass(frozen=True)
@@ -65,31 +56,6 @@ class NodeTable:
     def base(self) -> NodeRow:
         """The row whose tokens/s per node are an efficiency of 1."""
         return max(comparable(self.rows), key=lambda row: row.tokens_per_s / row.n_nodes)
-
-
-def job_limits(machine: Machine, partition: str | None = None, qos: str | None = None) -> Limits:
-    """Limits by partition and QoS, by default the machine's. A QoS that has a limit wins over the partition."""
-    slurm = machine.slurm
-    if slurm is None:
-        return Limits(f"machine {machine.name}", None, 1, None)
-    part = next((p for p in slurm.partitions if p.name == (partition or slurm.partition.name)), None)
-    if part is None:
-        known = ", ".join(p.name for p in slurm.partitions)
-        raise PlanError(
-            f"partition {partition!r} is not in the machine file", where="command line", do=f"one of {known}"
-        )
-    wanted = qos or slurm.default_qos
-    level = next((q for q in slurm.qos if q.name == wanted), None)
-    if qos is not None and level is None:
-        known = ", ".join(q.name for q in slurm.qos) or "none is known; leave it out"
-        raise PlanError(f"QoS {qos!r} is not in the machine file", where="command line", do=f"one of {known}")
-    most = (level.max_nodes if level else None) or part.max_nodes or part.nodes or machine.nodes
-    return Limits(
-        f"partition {part.name}" + (f" with QoS {level.name}" if level else ""),
-        level.min_nodes if level else None,
-        most,
-        (level.max_time_h if level else None) or part.max_time_h,
-    )
 
 
 def check_nodes(machine: Machine, n_nodes: int, partition: str | None = None, qos: str | None = None) -> None:

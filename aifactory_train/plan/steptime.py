@@ -25,6 +25,8 @@ HOST_OPTIMIZER_BYTES_PER_PARAMETER = 7 * 4
 # Assumed where the machine file has none: PCIe 4 x16, and the share of a two-socket host's memory rate.
 HOST_LINK_BYTES_PER_S = 25e9
 HOST_MEMORY_BYTES_PER_S = 400e9
+# A copy to host memory while all devices of a node copy: a fifth of PCIe 4.0 x16.
+STAGE_BYTES_PER_S = 5e9
 NEWTON_SCHULZ_STEPS = 5  # of train/optim.py
 # Backward over forward: two products for each; the flash kernel computes the scores again (5 products for 2).
 BACKWARD_SCORES, BACKWARD_FLASH, BACKWARD_ELEMENTWISE = 2.0, 2.5, 2.0
@@ -267,4 +269,5 @@ def _checkpoint_stall_s(work: Work, machine: Machine, layout: Layout) -> float:
     if not work.checkpoint_every_steps or machine.device.kind == "cpu":
         return 0.0
     n_bytes = shape.n_parameters(work.model) * 12 / (layout.tp * layout.pp * layout.shard_degree)
-    return n_bytes / (machine.topology.host_bytes_per_s or HOST_LINK_BYTES_PER_S) / work.checkpoint_every_steps
+    staged_per_s = min(STAGE_BYTES_PER_S, machine.topology.host_bytes_per_s or STAGE_BYTES_PER_S)
+    return n_bytes / staged_per_s / work.checkpoint_every_steps

@@ -6,7 +6,7 @@ import pytest
 
 from aifactory_train.faults import deadline
 from aifactory_train.machine.machine import Device, Host, Machine, Measured, Topology
-from aifactory_train.machine.site import Accounting, Partition, Qos, Slurm
+from aifactory_train.machine.site import Accounting, Partition, Slurm
 from aifactory_train.plan import cost, failures
 from aifactory_train.plan.contract import Layout
 from aifactory_train.recipe.load import load_recipe
@@ -105,13 +105,6 @@ def test_jobs_are_chained_under_the_time_limit():
     assert cost.n_chained_jobs(23 * 3600, 24 * 3600, 3600, 7200) == 1
     assert cost.n_chained_jobs(1e9, None, 3600, 7200) == 1
     assert cost.n_chained_jobs(60 * 3600, 7200, 3600, 7200) is None
-
-
-def test_the_longest_job_is_that_of_the_partition_and_its_default_qos():
-    slurm = Slurm(partitions=[Partition(name="gpu", max_time_h=24.0)], qos=[Qos(name="long", max_time_h=4.0)])
-    assert cost.job_limit_s(a_machine(slurm=slurm)) == 24 * 3600
-    assert cost.job_limit_s(a_machine(slurm=slurm.model_copy(update={"default_qos": "long"}))) == 4 * 3600
-    assert cost.job_limit_s(a_machine(slurm=None)) is None
 
 
 def test_a_synchronous_save_stalls_for_the_write_and_an_asynchronous_one_for_the_copy():

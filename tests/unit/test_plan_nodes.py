@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from aifactory_train.cli import main
 from aifactory_train.errors import PlanError
 from aifactory_train.machine.load import load_machine
+from aifactory_train.machine.site import Partition, Qos, Slurm
 from aifactory_train.plan.calibrate import UNCALIBRATED_RANGE_FRAC
+from aifactory_train.plan.limits import job_limits
 from aifactory_train.plan.nodes import build_node_table, nodes_for_deadline, wider_limits
 from aifactory_train.plan.plan import make_plan
 from aifactory_train.recipe.load import load_recipe
@@ -41,3 +44,23 @@ def test_a_machine_with_too_few_devices_is_not_told_to_take_more_of_its_nodes():
     # 8 G parameters have 64 GB of moments, and 128 GiB of host memory hold them beside a copy of each checkpoint not.
     assert "take a smaller model" in text and "layout(s) with offload fit on the devices, and not into the host" in text
     assert "2 such devices would do" in text and "this machine has 1" in text and "use 2 ranks" not in text
+
+
+def test_the_longest_job_is_that_of_the_qos_and_else_of_the_partition():
+    slurm = Slurm(
+        partitions=[Partition(name="gpu", max_time_h=24.0)],
+        qos=[Qos(name="short", max_time_h=4.0), Qos(name="long", max_time_h=96.0), Qos(name="plain")],
+    )
+    machine = gpus().model_copy(update={"slurm": slurm})
+    assert job_limits(machine).max_time_h == job_limits(machine, qos="plain").max_time_h == 24
+    assert (job_limits(machine, qos="short").max_time_h, job_limits(machine, qos="long").max_time_h) == (4, 96)
+    by_default = machine.model_copy(update={"slurm": slurm.model_copy(update={"default_qos": "short"})})
+    assert job_limits(by_default).max_time_h == 4
+    assert job_limits(gpus()).max_time_h is None
+
+
+@pytest.mark.parametrize(("options", "limit"), [([], "24 h 00 min"), (["--qos", "boost_qos_lprod"], "4 d 0 h")])
+def test_the_jobs_of_a_run_are_as_long_as_the_chosen_qos_allows(capsys, options, limit):
+    degrees = [arg for key in ("pp", "cp", "tp", "dp_replicate") for arg in ("--set", f"layout.{key}=1")]
+    main(["plan", str(LLAMA_8B), "--machine", "leonardo-booster", "--nodes", "8", *degrees, *options])
+    assert f"chained jobs of at most {limit}" in capsys.readouterr().out
