@@ -69,7 +69,7 @@ def check_nodes(machine: Machine, n_nodes: int, partition: str | None = None, qo
         )
     if limits.max_nodes is None or n_nodes <= limits.max_nodes or machine.slurm is None:
         return
-    wider = wider_limits(machine, n_nodes, partition)
+    wider = wider_limits(machine, n_nodes, partition) or wider_limits(machine, limits.max_nodes + 1, partition)
     do = f"--nodes {limits.max_nodes} or less"
     raise PlanError(
         f"{n_nodes} nodes; {limits.named} allows {limits.max_nodes}",

@@ -10,7 +10,7 @@ from aifactory_train.machine.load import load_machine
 from aifactory_train.machine.site import Partition, Qos, Slurm
 from aifactory_train.plan.calibrate import UNCALIBRATED_RANGE_FRAC
 from aifactory_train.plan.limits import job_limits
-from aifactory_train.plan.nodes import build_node_table, nodes_for_deadline, wider_limits
+from aifactory_train.plan.nodes import build_node_table, check_nodes, nodes_for_deadline, wider_limits
 from aifactory_train.plan.plan import make_plan
 from aifactory_train.recipe.load import load_recipe
 from aifactory_train.units import format_seconds
@@ -64,3 +64,9 @@ def test_the_jobs_of_a_run_are_as_long_as_the_chosen_qos_allows(capsys, options,
     degrees = [arg for key in ("pp", "cp", "tp", "dp_replicate") for arg in ("--set", f"layout.{key}=1")]
     main(["plan", str(LLAMA_8B), "--machine", "leonardo-booster", "--nodes", "8", *degrees, *options])
     assert f"chained jobs of at most {limit}" in capsys.readouterr().out
+
+
+def test_more_nodes_than_any_qos_gives_are_answered_with_the_widest():
+    with pytest.raises(PlanError) as refused:
+        check_nodes(load_machine("leonardo-booster"), 99_999)
+    assert refused.value.do == "--nodes 64 or less, or --qos boost_qos_bprod (256 nodes, 24 h a job)"

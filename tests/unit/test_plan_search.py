@@ -239,7 +239,7 @@ def test_more_nodes_than_the_partition_names_the_qos_that_gives_them():
     assert "--qos boost_qos_bprod (256 nodes, 24 h a job)" in caught.value.render()
     assert choose_nodes(recipe, leonardo, 100, qos="boost_qos_bprod") == (100, None)
     with pytest.raises(PlanError, match="no partition or QoS of this machine gives a job more"):
-        choose_nodes(recipe, leonardo, 4000)
+        choose_nodes(recipe, leonardo, 4000, qos="boost_qos_bprod")
     for options in ({"partition": "boost"}, {"qos": "fast"}):
         with pytest.raises(PlanError, match="is not in the machine file"):
             choose_nodes(recipe, leonardo, 2, **options)
