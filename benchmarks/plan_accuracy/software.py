@@ -124,6 +124,7 @@ def software_of(row: Mapping[str, str]) -> tuple[Software, bool]:
         changes["sequence_parallel"] = row["seq_parallel"].startswith("yes")
     elif re.search(r"DeepSpeed|InternEvo|PaddleNLP|GPT-NeoX", row["framework"]):
         changes["sequence_parallel"] = False
+    changes |= _before_flash(row)
     changes |= _kernel(row["notes"])
     if "torchtitan" in row["framework"] and row["compile"].startswith("yes") and row["date"] >= "2025":
         changes["n_fp32_logits"] = 1  # torchtitan compiles its loss too since January 2025
@@ -143,6 +144,17 @@ def software_of(row: Mapping[str, str]) -> tuple[Software, bool]:
     if "chunked cross entropy" in notes or "activation checkpointing" in notes:
         changes["loss_chunk_tokens"] = 1024  # torchtune's table is cumulative
     return dataclasses.replace(software, **changes), found is not None  # type: ignore[arg-type]
+
+
+# FlashAttention is of May 2022 (arXiv:2205.14135), for Turing and newer parts.
+FLASH_SINCE = "2022-06"
+
+
+def _before_flash(row: Mapping[str, str]) -> dict[str, object]:
+    """Scores in memory; where core attention alone is computed again none are kept, as with the first kernels."""
+    if not ("2000" < row["date"] < FLASH_SINCE or "V100" in row["gpu"]):
+        return {}
+    return {"attention": "flash1" if row["act_ckpt"].startswith("selective") else "unfused"}
 
 
 def _kernel(notes: str) -> dict[str, object]:

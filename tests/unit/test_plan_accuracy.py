@@ -28,6 +28,7 @@ from benchmarks.plan_accuracy.model import flops_per_token
 from benchmarks.plan_accuracy.prior import load_prior
 from benchmarks.plan_accuracy.rows import REFERENCE, Loaded, Row, Skip, load_rows, row_of
 from benchmarks.plan_accuracy.scores import Scored, rank_groups, summarize
+from benchmarks.plan_accuracy.software import software_of
 
 GIB = 1024**3
 LINE = (
@@ -333,3 +334,17 @@ def test_each_row_is_predicted_with_its_own_constants(rows: dict[str, Row], monk
 
 def test_row_of_needs_no_file(raw: dict[str, dict[str, str]]) -> None:
     assert row_of(raw["P0002"]).layout.compile
+
+
+def test_runs_of_before_flash_attention_have_their_scores_in_memory(raw: dict[str, dict[str, str]]) -> None:
+    megatron = raw["P0888"] | {"framework": "Megatron-LM", "gpu": "A100 SXM", "act_ckpt": "full"}
+    kernels = {
+        ("2021-04", "A100 SXM", "full"): "unfused",
+        ("2022-05", "A100 SXM", "selective (core attention)"): "flash1",
+        ("2023-05", "A100 SXM", "full"): "flash2",
+        ("2024-05", "V100 SXM2", "full"): "unfused",
+        ("", "A100 SXM", "full"): "flash2",
+    }
+    for (date, gpu, remat), kernel in kernels.items():
+        software, _ = software_of(megatron | {"date": date, "gpu": gpu, "act_ckpt": remat})
+        assert software.attention == kernel, (date, gpu)
