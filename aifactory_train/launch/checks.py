@@ -10,7 +10,7 @@ from aifactory_train.data.shards import check_fits_model, load_prepared
 from aifactory_train.data.stage import check_staged
 from aifactory_train.errors import AifactoryError, MachineError, PlanError
 from aifactory_train.machine.machine import Machine
-from aifactory_train.machine.site import Partition, Qos, Slurm
+from aifactory_train.machine.site import Partition, Qos, Slurm, limits_of
 from aifactory_train.plan.plan import Plan
 from aifactory_train.units import format_slurm_time, parse_slurm_time_s
 
@@ -93,23 +93,24 @@ def _account_faults(machine: Machine, slurm: Slurm, options: JobOptions) -> list
 
 
 def _limit_faults(plan: Plan, slurm: Slurm, options: JobOptions) -> list[str]:
-    """More than the partition or the QoS allows. A QoS that has a limit wins over the partition."""
+    """More than the partition or the QoS allows."""
     partition, qos, faults = partition_of(slurm, options), qos_of(slurm, options), []
+    limits = limits_of(partition, qos)
     named = f"partition {partition.name if partition else '?'}" + (f" with QoS {qos.name}" if qos else "")
     n_nodes, per_node = plan.layout.n_nodes, plan.machine.device.per_node
     if plan.layout.world_size != n_nodes * per_node:
         what = f"{plan.layout.world_size} ranks on {n_nodes} node(s); the batch script starts {per_node} on each"
         faults.append(_fault(what, "leave out --cpu-ranks"))
-    most = (qos.max_nodes if qos else None) or (partition.max_nodes or partition.nodes if partition else None)
+    most = limits.max_nodes or (partition.nodes if partition else None)
     if most is not None and n_nodes > most:
         faults.append(_fault(f"{n_nodes} nodes; {named} allows {most}", f"--nodes {most} or less"))
-    least = qos.min_nodes if qos else None
+    least = limits.min_nodes
     if least is not None and n_nodes < least:
         faults.append(_fault(f"{n_nodes} node(s); {named} wants {least} or more", f"--nodes {least}, or another --qos"))
     if options.time is None:
         return faults
     time_s = parse_slurm_time_s(options.time)
-    most_h = (qos.max_time_h if qos else None) or (partition.max_time_h if partition else None)
+    most_h = limits.max_time_h
     if not time_s:
         what = f"--time {options.time!r} is no wall time in minutes, H:MM:SS or D-HH:MM:SS"
         faults.append(_fault(what, "such as --time 12:00:00"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from aifactory_train.machine.machine import Machine
+from aifactory_train.machine.site import limits_of
 
 
 def link_rates(machine: Machine) -> dict[tuple[int, int], float]:
@@ -70,10 +71,8 @@ def job_limits(machine: Machine) -> tuple[int | None, float | None]:
     if machine.slurm is None:
         return None, None
     slurm = machine.slurm
-    qos = next((q for q in slurm.qos if q.name == slurm.default_qos), None)
-    nodes = qos.max_nodes if qos is not None and qos.max_nodes is not None else slurm.partition.max_nodes
-    hours = qos.max_time_h if qos is not None and qos.max_time_h is not None else slurm.partition.max_time_h
-    return nodes, hours
+    limits = limits_of(slurm.partition, next((q for q in slurm.qos if q.name == slurm.default_qos), None))
+    return limits.max_nodes, limits.max_time_h
 
 
 def unknown_facts(machine: Machine) -> list[str]:

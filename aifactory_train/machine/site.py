@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
@@ -73,6 +73,23 @@ class Slurm(Facts):
         if self.default_qos is not None and self.default_qos not in [q.name for q in self.qos]:
             raise ValueError(f"default_qos {self.default_qos} is not in qos: {[q.name for q in self.qos]}")
         return self
+
+
+class Limits(NamedTuple):
+    """Of one job. None where nobody says."""
+
+    min_nodes: int | None
+    max_nodes: int | None
+    max_time_h: float | None
+
+
+def limits_of(partition: Partition | None, qos: Qos | None) -> Limits:
+    """A QoS that has a limit wins over the partition."""
+    return Limits(
+        qos.min_nodes if qos else None,
+        (qos.max_nodes if qos else None) or (partition.max_nodes if partition else None),
+        (qos.max_time_h if qos else None) or (partition.max_time_h if partition else None),
+    )
 
 
 class Rendezvous(Facts):

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 from aifactory_train.errors import PlanError
 from aifactory_train.machine.machine import Machine
+from aifactory_train.machine.site import limits_of
 
 
 @dataclass(frozen=True)
-class Limits:
+class JobLimits:
     """Of one job. None where nobody says. `named`: "partition gpu with QoS normal"."""
 
     named: str
@@ -18,11 +19,11 @@ class Limits:
     max_time_h: float | None
 
 
-def job_limits(machine: Machine, partition: str | None = None, qos: str | None = None) -> Limits:
-    """Limits by partition and QoS, by default the machine's. A QoS that has a limit wins over the partition."""
+def job_limits(machine: Machine, partition: str | None = None, qos: str | None = None) -> JobLimits:
+    """Limits by partition and QoS, by default the machine's; no job has more nodes than there are."""
     slurm = machine.slurm
     if slurm is None:
-        return Limits(f"machine {machine.name}", None, 1, None)
+        return JobLimits(f"machine {machine.name}", None, 1, None)
     part = next((p for p in slurm.partitions if p.name == (partition or slurm.partition.name)), None)
     if part is None:
         known = ", ".join(p.name for p in slurm.partitions)
@@ -34,10 +35,10 @@ def job_limits(machine: Machine, partition: str | None = None, qos: str | None =
     if qos is not None and level is None:
         known = ", ".join(q.name for q in slurm.qos) or "none is known; leave it out"
         raise PlanError(f"QoS {qos!r} is not in the machine file", where="command line", do=f"one of {known}")
-    most = (level.max_nodes if level else None) or part.max_nodes or part.nodes or machine.nodes
-    return Limits(
+    limits = limits_of(part, level)
+    return JobLimits(
         f"partition {part.name}" + (f" with QoS {level.name}" if level else ""),
-        level.min_nodes if level else None,
-        most,
-        (level.max_time_h if level else None) or part.max_time_h,
+        limits.min_nodes,
+        limits.max_nodes or part.nodes or machine.nodes,
+        limits.max_time_h,
     )
