@@ -1,4 +1,4 @@
-"""The parts of plan.json. plan.py joins them; layout, memory and steptime fill them."""
+"""The parts of plan.json. plan.py joins them; search, shape, memory and steptime fill them."""
 
 from __future__ import annotations
 

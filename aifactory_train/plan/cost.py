@@ -302,12 +302,10 @@ def render_cost(plan: Plan, job_time_s: float, job_time: str) -> list[str]:
     cost = run_cost_of(plan, job_time_s)
     if cost is None:
         return ["the run: not predicted, no rate of the devices is known", one_job]
-    if None in plan.predicted.step_time_s.values():
-        return [*render_run_cost(cost, None, "at least"), one_job]
     return [*render_run_cost(cost, run_cost_range_of(plan, job_time_s)), one_job]
 
 
-def render_run_cost(cost: RunCost, within: tuple[RunCost, RunCost] | None = None, bound: str = "about") -> list[str]:
+def render_run_cost(cost: RunCost, within: tuple[RunCost, RunCost] | None = None) -> list[str]:
     """Lines for people. `within`: the same run at the fast and at the slow end of its predicted step time."""
     if not cost.makes_progress:
         return [_endless(cost)]
@@ -322,8 +320,8 @@ def render_run_cost(cost: RunCost, within: tuple[RunCost, RunCost] | None = None
     least, most = fast.n_jobs, slow.n_jobs
     jobs = f"{least} to {most} chained jobs" if least != most else "1 job" if most == 1 else f"{most} chained jobs"
     lines = [
-        f"the run: {_within(amounts, bound)} {unit} ({bound} {node_hours}{_shown(cost.device_hours)} device-hours)",
-        f"time: {_within(times, bound)} in {jobs}{limit}, waiting in the queue not counted",
+        f"the run: {_within(amounts)} {unit} (about {node_hours}{_shown(cost.device_hours)} device-hours)",
+        f"time: {_within(times)} in {jobs}{limit}, waiting in the queue not counted",
     ]
     if not slow.makes_progress:
         lines.append("at the slow end of this range the run would not end: ask for longer jobs")
@@ -333,10 +331,10 @@ def render_run_cost(cost: RunCost, within: tuple[RunCost, RunCost] | None = None
     return [*lines, *_checkpoint_lines(cost)]
 
 
-def _within(shown: list[str], bound: str) -> str:
+def _within(shown: list[str]) -> str:
     """ "about 5 d (4 d to 7 d)" of the fast end, the middle and the slow end."""
     fast, middle, slow = shown
-    return f"{bound} {middle}" + ("" if fast == slow else f" ({fast} to {slow})")
+    return f"about {middle}" + ("" if fast == slow else f" ({fast} to {slow})")
 
 
 def _checkpoint_lines(cost: RunCost) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from aifactory_train.plan.basis import measured_vs_assumed
-from aifactory_train.plan.cost import run_cost_of, run_cost_range_of, tokens_for_device_hours
+from aifactory_train.plan.cost import RunCost, run_cost_of, run_cost_range_of, tokens_for_device_hours
 from aifactory_train.plan.nearest import what_works
 from aifactory_train.plan.nodes import NodeTable, tokens_bought
 from aifactory_train.plan.plan import Plan
@@ -28,7 +28,7 @@ def document(
         "plan": plan.model_dump(mode="json"),
         "why_not_trainable": why_not_trainable(plan.layout),
         "nearest_trainable": nearest_of(plan),
-        **_cost_values(plan, job_time_s),
+        **_cost_values(plan, cost, job_time_s),
         "tokens_bought": bought,
         "basis": [{"term": term, "source": source, "text": text} for term, source, text in basis],
         "ranking": [_candidate(c, ranking.order_only) for c in distinct(ranking)],
@@ -46,9 +46,8 @@ def document(
     }  # fmt: skip
 
 
-def _cost_values(plan: Plan, job_time_s: float | None) -> dict[str, Any]:
+def _cost_values(plan: Plan, cost: RunCost | None, job_time_s: float | None) -> dict[str, Any]:
     """Of the whole run: the middle of the predicted range, and its ends where one is known."""
-    cost = run_cost_of(plan, job_time_s)
     if cost is None or not cost.makes_progress:
         return {"cost": None, "jobs": None, "energy_kwh": None}
     fast, slow = run_cost_range_of(plan, job_time_s) or (cost, cost)

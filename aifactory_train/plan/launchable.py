@@ -1,4 +1,4 @@
-"""A plan to launch: within the limits of a job, and of a layout that this version trains."""
+"""A plan to launch: of a layout that this version trains, or a refusal that says what can be launched."""
 
 from __future__ import annotations
 

@@ -140,7 +140,7 @@ def micro_batches(recipe: Recipe, degrees: Degrees, stages_per_rank: int) -> lis
 
 
 def describe(layout: Layout) -> str:
-    """The cut in a line: "tp 4, dp_shard 16, 2 x 1 rows, remat full"."""
+    """The cut in a line: "dp_shard 16, tp 4, 2 x 1 rows, remat full"."""
     axes = [f"{axis} {getattr(layout, axis)}" for axis in Degrees._fields if getattr(layout, axis) > 1]
     if layout.stages_per_rank > 1:
         axes.append(f"{layout.stages_per_rank} stages a rank")

@@ -28,13 +28,19 @@ def job_limits(machine: Machine, partition: str | None = None, qos: str | None =
     if part is None:
         known = ", ".join(p.name for p in slurm.partitions)
         raise PlanError(
-            f"partition {partition!r} is not in the machine file", where="command line", do=f"one of {known}"
+            f"partition {partition!r} is not in the machine file",
+            where="command line",
+            do=f"--partition NAME, one of {known}",
         )
     wanted = qos or slurm.default_qos
     level = next((q for q in slurm.qos if q.name == wanted), None)
     if qos is not None and level is None:
-        known = ", ".join(q.name for q in slurm.qos) or "none is known; leave it out"
-        raise PlanError(f"QoS {qos!r} is not in the machine file", where="command line", do=f"one of {known}")
+        known = ", ".join(q.name for q in slurm.qos)
+        raise PlanError(
+            f"QoS {qos!r} is not in the machine file",
+            where="command line",
+            do=f"--qos NAME, one of {known}" if known else "leave out --qos",
+        )
     limits = limits_of(part, level)
     return JobLimits(
         f"partition {part.name}" + (f" with QoS {level.name}" if level else ""),

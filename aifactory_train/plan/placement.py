@@ -37,18 +37,6 @@ def place(machine: Machine, layout: Layout) -> tuple[list[int], list[str]]:
     return order, reasons
 
 
-def why_not_placed(machine: Machine, layout: Layout) -> str | None:
-    """One sentence where tp leaves the node; None where it does not. A user who asks for it may have it."""
-    per_node = layout.world_size // layout.n_nodes
-    if per_node % layout.tp == 0:
-        return None
-    fits = [n for n in range(1, per_node + 1) if per_node % n == 0]
-    return (
-        f"tp {layout.tp} would cross nodes of {per_node} ranks, and it waits for each of its messages; "
-        f"take tp {', '.join(map(str, fits))} on {machine.name}"
-    )
-
-
 def _order(machine: Machine, layout: Layout) -> tuple[list[int], str]:
     n = layout.world_size // layout.n_nodes
     rates = link_rates(machine)

@@ -180,15 +180,12 @@ def _notes(recipe: Recipe, machine: Machine, ranking: Ranking, predicted: Predic
             f" {layout.micro_batch_rows * recipe.data.seq_len_tokens} tokens and parameters are gathered block by"
             " block; give the machine file its device.memory_bytes"
         )
-    unknown = [name for name, seconds in predicted.step_time_s.items() if seconds is None]
     rates = device_rates(machine, layout.precision)
     notes += rates.assumed
     links = axis_links(machine, layout).values()
     notes += dict.fromkeys(said for link in links if link.degree > 1 for said in link.assumed)
     if predicted.total_step_time_s is None:
         notes.append("the matmul rate is unknown, so no time is predicted; measure with: aifactory-train probe")
-    elif unknown:
-        notes.append(f"the predicted time is a lower bound: no rate is known for {', '.join(unknown)}")
     if ranking.order_only:
         notes.append("layouts were compared by rates of common parts, in the place of those that are unknown")
     return notes

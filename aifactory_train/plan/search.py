@@ -15,14 +15,13 @@ from aifactory_train.plan.contract import Layout
 from aifactory_train.plan.layout import Degrees, legal_degrees, micro_batches, ranks_per_node
 from aifactory_train.plan.memory import FIT_FRAC, Memory, estimate_memory, memory_per_rank_bytes
 from aifactory_train.plan.placement import place
-from aifactory_train.plan.rates import device_rates
+from aifactory_train.plan.rates import Precision, device_rates
 from aifactory_train.plan.steptime import estimate_step_time_s, total_step_time_s
 from aifactory_train.plan.support import why_not_trainable
 from aifactory_train.plan.work import Work, work_of
 from aifactory_train.recipe.schema import Recipe
 
 Remat = Literal["none", "selective", "full"]
-Precision = Literal["fp32", "bf16", "fp8"]
 
 # Where the memory is unknown: enough tokens to fill the matmuls, few enough for any device.
 SAFE_MICRO_BATCH_TOKENS = 2048

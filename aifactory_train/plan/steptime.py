@@ -14,7 +14,7 @@ from aifactory_train.plan import shape
 from aifactory_train.plan.blocktime import Forward, Pace, block_forward, device_pace, head_forward
 from aifactory_train.plan.constants import CONSTANTS, Constants
 from aifactory_train.plan.contract import Layout
-from aifactory_train.plan.network import AxisLink, axis_links, collective_s
+from aifactory_train.plan.network import PCIE_BYTES_PER_S, AxisLink, axis_links, collective_s
 from aifactory_train.plan.work import OURS, Software, Work
 
 # Per weight of the rank's share: gradient, fp32 weight and two moments read, weight and moments written, the working
@@ -22,8 +22,7 @@ from aifactory_train.plan.work import OURS, Software, Work
 OPTIMIZER_BYTES_PER_PARAMETER = 4 * 4 + 3 * 4 + 2 + 4 + 4
 # The same state in host memory: read and written there.
 HOST_OPTIMIZER_BYTES_PER_PARAMETER = 7 * 4
-# Assumed where the machine file has none: PCIe 4 x16, and the share of a two-socket host's memory rate.
-HOST_LINK_BYTES_PER_S = 25e9
+# Memory of a two-socket host, all ranks of a node together; no machine file has it.
 HOST_MEMORY_BYTES_PER_S = 400e9
 # A copy to host memory while all devices of a node copy: a fifth of PCIe 4.0 x16.
 STAGE_BYTES_PER_S = 5e9
@@ -239,7 +238,7 @@ def _optimizer_s(work: Work, machine: Machine, layout: Layout, pace: Pace, link:
     muon_s = _muon_s(work, layout, pace, link) if work.optimizer == "muon" else 0.0
     if layout.offload == "none":
         return muon_s + n_weights * OPTIMIZER_BYTES_PER_PARAMETER / pace.memory_bytes_per_s
-    host_link = machine.topology.host_bytes_per_s or HOST_LINK_BYTES_PER_S
+    host_link = machine.topology.host_bytes_per_s or PCIE_BYTES_PER_S
     ranks_per_node = layout.world_size // layout.n_nodes
     host_s = n_weights * ranks_per_node * HOST_OPTIMIZER_BYTES_PER_PARAMETER / HOST_MEMORY_BYTES_PER_S
     return muon_s + host_s + n_weights * (shape.BYTES["fp32"] + shape.BYTES["bf16"]) / host_link
@@ -261,7 +260,7 @@ def _data_s(work: Work, machine: Machine, layout: Layout) -> float:
     if machine.device.kind == "cpu":
         return 0.0
     tokens = work.global_batch_tokens / layout.dp
-    return 2 * 8 * tokens / (machine.topology.host_bytes_per_s or HOST_LINK_BYTES_PER_S)
+    return 2 * 8 * tokens / (machine.topology.host_bytes_per_s or PCIE_BYTES_PER_S)
 
 
 def _checkpoint_stall_s(work: Work, machine: Machine, layout: Layout) -> float:

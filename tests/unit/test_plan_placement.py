@@ -9,7 +9,7 @@ from aifactory_train.faults.checks import Here
 from aifactory_train.machine.load import load_machine
 from aifactory_train.machine.machine import Link, Place
 from aifactory_train.plan.contract import Layout
-from aifactory_train.plan.placement import device_of, place, why_not_placed
+from aifactory_train.plan.placement import device_of, place
 from aifactory_train.plan.rings import direct_ring_bytes_per_s, ring_bytes_per_s, routed_rate
 from aifactory_train.train.ranks import Ranks
 from aifactory_train.train.setup import bind_cores, pick_device
@@ -102,14 +102,6 @@ def test_the_reasons_name_what_each_axis_crosses():
     assert reasons[1].startswith("dp_shard 2 runs between nodes of a fabric group: ")
     assert reasons[2].startswith("dp_replicate 200 runs across fabric groups: ")
     assert len(reasons) == 3
-
-
-def test_tp_across_nodes_is_refused_with_the_degrees_that_stay_inside():
-    machine = load_machine("leonardo-booster")
-    assert why_not_placed(machine, layout(16, 4, tp=4, dp_shard=4)) is None
-    refusal = why_not_placed(machine, layout(16, 4, tp=8, dp_shard=2))
-    assert "tp 8 would cross nodes of 4 ranks" in refusal
-    assert "take tp 1, 2, 4 on leonardo-booster" in refusal
 
 
 def planned(order):
