@@ -10,7 +10,6 @@ NOTHING_MEASURED = Measured()
 DEMO = configs_dir() / "recipes" / "demo.yaml"
 LLAMA_8B = configs_dir() / "recipes" / "llama3-8b.yaml"
 LLAMA_70B = configs_dir() / "recipes" / "llama3-70b.yaml"
-QWEN_32B = configs_dir() / "recipes" / "qwen3-32b.yaml"
 
 
 def cpu(memory_bytes=24 * GIB, measured=NOTHING_MEASURED, bf16=True, peak=None):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import tempfile
@@ -9,15 +10,17 @@ from pathlib import Path
 
 import pytest
 
+from aifactory_train.errors import PlanError
 from aifactory_train.launch.env import local_environment
 from aifactory_train.launch.local import write_run_folder
 from aifactory_train.launch.mpi import mpirun_command
 from aifactory_train.machine.load import load_machine
 from aifactory_train.plan.plan import Plan, load_plan, make_ranked_plan
-from aifactory_train.plan.search import Candidate
-from aifactory_train.plan.support import why_not_trainable
+from aifactory_train.plan.search import Candidate, search
+from aifactory_train.plan.support import refuse_untrainable, why_not_trainable
 from aifactory_train.recipe.load import load_recipe
 from aifactory_train.rundir import RunDir, read_jsonl
+from plan_machines import gpus
 from training_runs import aifactory, write_recipe
 
 # The planner proposes other axes on a CPU only where they are asked for.
@@ -36,11 +39,11 @@ WISHES: dict[str, dict[str, object]] = {
 
 
 def proposed(words: dict[str, Path], folder: Path, wish: str, ranks: int) -> tuple[Plan, list[Candidate]]:
-    """A plan of two steps, and every candidate of its search that is cut in another way."""
+    """A plan of two steps, and every candidate of its search."""
     steps = {"train__budget_tokens": 2048, "schedule__warmup_tokens": 0}
     recipe = load_recipe(write_recipe(folder, **words, **steps, **WISHES[wish]))
     plan, ranking = make_ranked_plan(recipe, load_machine("local"), cpu_ranks=ranks)
-    return plan, list({c.cut: c for c in reversed(ranking.candidates)}.values())
+    return plan, ranking.candidates
 
 
 def trained(plan: Plan, folder: Path) -> str | None:
@@ -68,7 +71,8 @@ def test_a_layout_that_is_called_trainable_trains(words, tmp_path, wish, ranks):
     assert why_not_trainable(plan.layout) is None
     assert trained(plan, tmp_path / "run") is None
     assert load_plan(RunDir(tmp_path / "run").plan) == plan
-    others = [c for c in candidates if c.why_not is None and c.layout != plan.layout]
+    others = [c for c in candidates if c.layout != plan.layout]
+    assert all(c.why_not is None for c in candidates) and (others or wish != "auto")
     for i, candidate in enumerate(others):
         other = plan.model_copy(update={"layout": candidate.layout})
         assert trained(other, tmp_path / f"run{i}") is None, candidate.layout
@@ -86,5 +90,23 @@ def test_a_layout_that_is_not_is_refused_by_launch_with_the_sentence_of_the_plan
 
 def test_training_refuses_a_plan_with_such_a_layout_with_the_same_sentence_said_once(words, tmp_path):
     plan, _ = proposed(words, tmp_path, "pp", 2)
-    said = trained(plan, tmp_path / "run")
-    assert said is not None and said.count(str(why_not_trainable(plan.layout))) == 1, said
+    sentence, said = why_not_trainable(plan.layout), trained(plan, tmp_path / "run")
+    assert sentence and said is not None and said.count(sentence) == 1, said
+
+
+def test_every_layout_proposed_for_two_gpus_trains_or_is_refused_with_its_own_sentence(words, tmp_path):
+    plan, here = proposed(words, tmp_path, "auto", 2)
+    candidates = search(plan.recipe, gpus(per_node=2), n_nodes=1).candidates
+    # What can be trained there is what is started here above, compiled.
+    same = {"compile": False, "threads_per_rank": plan.layout.threads_per_rank}
+    trainable = [c.layout.model_copy(update=same) for c in candidates if c.why_not is None]
+    assert trainable and all(layout in [c.layout for c in here] for layout in trainable)
+    refused = [c for c in candidates if c.why_not is not None]
+    assert {c.layout.engine for c in refused} == {"fsdp2", "deepspeed"}
+    for candidate in refused:
+        with pytest.raises(PlanError, match=re.escape(candidate.why_not)):
+            refuse_untrainable(candidate.layout, where="plan.json")
+    # Training asks that function too: one start for each sentence shows it.
+    for i, candidate in enumerate({c.why_not: c for c in refused}.values()):
+        said = trained(plan.model_copy(update={"layout": candidate.layout}), tmp_path / f"run{i}")
+        assert said is not None and candidate.why_not in said, candidate.layout

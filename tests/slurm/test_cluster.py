@@ -34,6 +34,7 @@ def test_stop_leaves_no_process_behind(munge, tmp_path):
     with pytest.raises(AssertionError, match="did not happen"):
         slurm.wait(job, timeout_s=1)
     seen = slurm.processes()
+    assert seen
     slurm.stop()
     assert slurm.processes() == {}
     assert not [pid for pid in seen if is_alive(pid)]

@@ -181,12 +181,12 @@ def test_ranks_on_a_cpu_share_its_rate_so_two_are_about_as_fast_as_one():
     one, two = (make_plan(load_recipe(DEMO), cpu(measured=measured), cpu_ranks=n).predicted for n in (1, 2))
     assert one.step_time_s["matmul"] == pytest.approx(two.step_time_s["matmul"], rel=0.01)
     assert "data_parallel" not in one.step_time_s and two.step_time_s["data_parallel"] > 0
-    assert 0.5 * one.tokens_per_s < two.tokens_per_s < one.tokens_per_s
+    assert 0.98 * one.tokens_per_s < two.tokens_per_s < one.tokens_per_s
 
 
 def test_gpus_multiply_the_rate_less_what_their_exchange_costs():
     two, four = (make_plan(load_recipe(LLAMA_8B), gpus(), n_nodes=n).predicted for n in (16, 32))
-    assert 1.6 * two.tokens_per_s < four.tokens_per_s < 2.05 * two.tokens_per_s
+    assert 1.8 * two.tokens_per_s < four.tokens_per_s < 2 * two.tokens_per_s
 
 
 def test_mfu_is_the_share_of_the_peak_of_all_devices():
@@ -194,6 +194,7 @@ def test_mfu_is_the_share_of_the_peak_of_all_devices():
     assert peak_flops_per_s(plan) == 64e15
     flops_per_s = plan.predicted.tokens_per_s * plan.shape.model_flops_per_token
     assert plan.predicted.mfu_frac == pytest.approx(flops_per_s / 64e15)
+    assert plan.predicted.mfu_frac == pytest.approx(0.295, abs=0.02), "the measured products alone would be 0.6"
     measured = Measured(matmul_flops_per_s=ByDtype(bf16=1e11), memory_bytes_per_s=1e10)
     plan = make_plan(load_recipe(DEMO), cpu(measured=measured, peak=2e11), cpu_ranks=2)
     flops_per_s = plan.predicted.tokens_per_s * plan.shape.model_flops_per_token

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from aifactory_train.machine.load import load_machine
+from aifactory_train.machine.load import load_machine, machine_names
 from aifactory_train.machine.machine import Device, Host, Link, Machine, Network, Topology
 from aifactory_train.plan.constants import Constants
 from aifactory_train.plan.contract import Layout
@@ -264,8 +264,9 @@ def test_a_change_of_the_constants_is_seen():
     assert second / first == pytest.approx(1.6)
 
 
-def test_every_axis_of_every_machine_file_has_a_rate():
-    for name in ("alps", "arrhenius", "deucalion-a100-40", "jean-zay-h100", "lumi-g", "vega-gpu", "h200-node"):
+def test_the_data_axis_of_every_machine_file_has_a_rate():
+    assert len(machine_names()) >= 15
+    for name in machine_names():
         for link in links(name, 4).values():
             assert link.bytes_per_s > 0
             assert collective_s("all_gather", 1e6, link) < 1

@@ -62,7 +62,7 @@ def test_the_longest_job_is_that_of_the_qos_and_else_of_the_partition():
 @pytest.mark.parametrize(("options", "limit"), [([], "24 h 00 min"), (["--qos", "boost_qos_lprod"], "4 d 0 h")])
 def test_the_jobs_of_a_run_are_as_long_as_the_chosen_qos_allows(capsys, options, limit):
     degrees = [arg for key in ("pp", "cp", "tp", "dp_replicate") for arg in ("--set", f"layout.{key}=1")]
-    main(["plan", str(LLAMA_8B), "--machine", "leonardo-booster", "--nodes", "8", *degrees, *options])
+    assert main(["plan", str(LLAMA_8B), "--machine", "leonardo-booster", "--nodes", "8", *degrees, *options]) == 0
     assert f"chained jobs of at most {limit}" in capsys.readouterr().out
 
 

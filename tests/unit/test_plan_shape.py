@@ -149,6 +149,9 @@ def test_the_chunked_loss_never_holds_more_logits_than_one_chunk():
     assert loss(5000) == chunk * vocab * (2 + 16 + 2 + 2) + 4 * n_head
     assert loss(64) == 64 * vocab * (2 + 16 + 2) + 4 * n_head
     assert loss(5000, compiled=True) == chunk * vocab * 6 + 4 * n_head
+    # fp32 needs no cast: logits, three fp32 tensors, a mask of a byte, the gradient; and that of the chunk before.
+    assert loss(64, "fp32") == 64 * vocab * (4 + 12 + 1 + 4) + 4 * n_head
+    assert loss(5000, "fp32") == chunk * vocab * (4 + 12 + 1 + 4 + 4) + 4 * n_head
     assert shape.chunk_loss_bytes(8, chunk, vocab, 10**6, "bf16", compiled=False) == 10 * 10**6
 
 
