@@ -18,7 +18,11 @@ class Layout(Part):
     global_batch_rows = dp_replicate * dp_shard * accumulation * micro_batch_rows
 
     zero_stage: what dp_shard (together with cp) splits: 1 optimizer state, 2 and gradients, 3 and parameters.
-    stages_per_rank: pipeline stages on each rank; above 1 the schedule is interleaved.
+    pipeline_schedule: of torch.distributed.pipelining. 1f1b has one stage on each rank, zbv and dualpipev two, and
+        interleaved `stages_per_rank`. zbv and dualpipev place stages in a V: the last one beside the first.
+    cp_attention: how queries meet the keys of other ranks: "all_gather" collects keys and values, "ring" passes them
+        on, "ulysses" exchanges heads for tokens.
+    remat_budget_frac: with remat "budget", the share of activation memory that the compiler may keep.
     reduce_each_micro_batch: gradients are reduced in each micro-batch and added up as shards, instead of once per
         step and added up unsharded.
     offload: "optimizer" keeps the optimizer state in host memory and steps there.
@@ -34,14 +38,17 @@ class Layout(Part):
     cp: int = 1
     tp: int = 1
     zero_stage: Literal[1, 2, 3] = 3
+    pipeline_schedule: Literal["1f1b", "interleaved", "zbv", "dualpipev"] = "1f1b"
     stages_per_rank: int = 1
+    cp_attention: Literal["all_gather", "ring", "ulysses"] = "all_gather"
     micro_batch_rows: int
     accumulation: int
     reshard_after_forward: bool
     reduce_each_micro_batch: bool = False
-    remat: Literal["none", "selective", "full"]
+    remat: Literal["none", "selective", "full", "budget"]
+    remat_budget_frac: float | None = None
     compile: bool = False
-    precision: Literal["fp32", "bf16", "fp8"]
+    precision: Literal["fp32", "bf16", "fp8", "fp8_rowwise"]
     offload: Literal["none", "optimizer"] = "none"
     threads_per_rank: int
     device_order: list[int] = []
@@ -50,6 +57,10 @@ class Layout(Part):
     def dp(self) -> int:
         """Replicas that see different rows."""
         return self.dp_replicate * self.dp_shard
+
+    def data_rank(self, rank: int) -> int:
+        """Which of the `dp` shares of the batch a rank reads: ranks of one share differ in pp, cp or tp alone."""
+        return rank // (self.cp * self.tp) % self.dp
 
     @property
     def shard_degree(self) -> int:
