@@ -5,6 +5,8 @@ Shapes: B rows, T tokens, N query heads, K key/value heads, H head width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +23,18 @@ _create_block_mask = torch.compile(create_block_mask, dynamic=False)
 
 # None: plain causal. Tensor (B, 1, T, T), bool: dense mask. Otherwise a flex_attention BlockMask.
 Mask = Any
+
+
+@dataclass(frozen=True)
+class Attention:
+    """How the tokens of a row meet. Context parallelism puts its own in place of `LOCAL`.
+
+    build_mask: called once per micro-batch with document_BT of whole rows, or None; what it returns goes to each layer.
+    attend: (q_BNTH, k_BKTH, v_BKTH, mask) to (B, N, T, H), on the tokens of this rank.
+    """
+
+    build_mask: Callable[[torch.Tensor | None], Mask]
+    attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Mask], torch.Tensor]
 
 
 def build_mask(document_BT: torch.Tensor | None) -> Mask:
@@ -91,3 +105,6 @@ def block_mask(document_BT: torch.Tensor) -> Any:
 
     n_rows, n_tokens = document_BT.shape
     return _create_block_mask(same_document_and_causal, n_rows, None, n_tokens, n_tokens, device=document_BT.device)
+
+
+LOCAL = Attention(build_mask, attend)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aifactory_train.models.attention import Mask, attend, build_mask
+from aifactory_train.models.attention import LOCAL, Mask
 from aifactory_train.models.loss import ChunkLoss, cross_entropy_sum
 from aifactory_train.models.parts import ModelParts, copy_into, local_tensor
 from aifactory_train.recipe.schema import Model
@@ -50,11 +50,22 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
-class Attention(nn.Module):
+# In the words of the `base_model_tp_plan` of Hugging Face's models.
+TP_PLAN = {
+    **{f"self_attn.{name}_proj": "colwise" for name in "qkv"},
+    "self_attn.o_proj": "rowwise",
+    "mlp.gate_proj": "colwise",
+    "mlp.up_proj": "colwise",
+    "mlp.down_proj": "rowwise",
+}
+
+
+class SelfAttention(nn.Module):
     def __init__(self, model: Model) -> None:
         super().__init__()
         width, head = model.hidden_size, model.head_size
         self.head_size = head
+        self.attention = LOCAL
         self.q_proj = nn.Linear(width, model.n_heads * head, bias=False)
         self.k_proj = nn.Linear(width, model.n_kv_heads * head, bias=False)
         self.v_proj = nn.Linear(width, model.n_kv_heads * head, bias=False)
@@ -67,7 +78,7 @@ class Attention(nn.Module):
         q_BNTH = self.q_norm(self.q_proj(x_BTD).view(split)).transpose(1, 2)
         k_BKTH = self.k_norm(self.k_proj(x_BTD).view(split)).transpose(1, 2)
         v_BKTH = self.v_proj(x_BTD).view(split).transpose(1, 2)
-        y_BNTH = attend(rotate(q_BNTH, cos_BTP, sin_BTP), rotate(k_BKTH, cos_BTP, sin_BTP), v_BKTH, mask)
+        y_BNTH = self.attention.attend(rotate(q_BNTH, cos_BTP, sin_BTP), rotate(k_BKTH, cos_BTP, sin_BTP), v_BKTH, mask)
         return self.o_proj(y_BNTH.transpose(1, 2).flatten(2))
 
 
@@ -86,7 +97,7 @@ class Block(nn.Module):
     def __init__(self, model: Model) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(model.hidden_size, model.norm_eps)
-        self.self_attn = Attention(model)
+        self.self_attn = SelfAttention(model)
         self.post_attention_layernorm = RMSNorm(model.hidden_size, model.norm_eps)
         self.mlp = FeedForward(model)
 
@@ -98,50 +109,79 @@ class Block(nn.Module):
 class _Trunk(nn.Module):
     """Only here so that parameters are called `model.layers.0…`, as Hugging Face calls them."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, layers: range) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(model.vocab_size, model.hidden_size)
-        self.layers = nn.ModuleList(Block(model) for _ in range(model.n_layers))
-        self.norm = RMSNorm(model.hidden_size, model.norm_eps)
+        is_last = layers.stop == model.n_layers
+        if layers.start == 0 or (is_last and model.tied_embeddings):
+            self.embed_tokens = nn.Embedding(model.vocab_size, model.hidden_size)
+        self.layers = nn.ModuleDict({str(i): Block(model) for i in layers})
+        if is_last:
+            self.norm = RMSNorm(model.hidden_size, model.norm_eps)
 
 
 class Decoder(nn.Module):
-    """Built on any device, also "meta"; `init_weights` fills it."""
+    """Built on any device, also "meta"; `init_weights` fills it.
 
-    def __init__(self, model: Model) -> None:
+    Args:
+        layers: the layers of one pipeline stage, and with the first and last of them what lies before and behind.
+    """
+
+    def __init__(self, model: Model, layers: range | None = None) -> None:
         super().__init__()
+        layers = range(model.n_layers) if layers is None else layers
         self.shape = model
-        self.model = _Trunk(model)
-        self.lm_head = None if model.tied_embeddings else nn.Linear(model.hidden_size, model.vocab_size, bias=False)
+        self.is_first, self.is_last = layers.start == 0, layers.stop == model.n_layers
+        self.attention = LOCAL
+        self.model = _Trunk(model, layers)
+        own_head = self.is_last and not model.tied_embeddings
+        self.lm_head = nn.Linear(model.hidden_size, model.vocab_size, bias=False) if own_head else None
         self.chunk_loss = ChunkLoss()
 
     def parts(self) -> ModelParts:
-        return ModelParts(root=self, blocks=list(self.model.layers), chunk_loss=self.chunk_loss)
+        blocks = list(self.model.layers.values())
+        return ModelParts(
+            root=self,
+            embed=getattr(self.model, "embed_tokens", None),
+            blocks=blocks,
+            norm=getattr(self.model, "norm", None),
+            head=self.lm_head,
+            attention_hosts=[self, *(block.get_submodule("self_attn") for block in blocks)],
+            tp_plan=TP_PLAN,
+        )
 
     def forward(
         self,
-        input_BT: Tensor,
+        x: Tensor,
         target_BT: Tensor | None = None,
         document_BT: Tensor | None = None,
         position_BT: Tensor | None = None,
     ) -> Tensor:
-        """Summed loss over valid targets (float32 scalar), or logits (B, T, V) without targets."""
-        x_BTD = self.model.embed_tokens(input_BT)
-        cos_BTP, sin_BTP = self._rope(input_BT, position_BT)
-        mask = build_mask(document_BT)
-        for block in self.model.layers:
+        """x_BT of token numbers, or x_BTD of the stage before, to x_BTD, or of the last stage:
+
+        the summed loss over valid targets (float32 scalar), or logits (B, T, V) without targets.
+
+        Args:
+            document_BT: of whole rows, also where context parallelism gives this rank a part of their tokens.
+            position_BT: None for 0, 1, 2...; only where x are whole rows of token numbers.
+        """
+        cos_BTP, sin_BTP = self._rope(x, position_BT)
+        x_BTD = self.model.embed_tokens(x) if self.is_first else x
+        mask = self.attention.build_mask(document_BT)
+        for block in self.model.layers.values():
             x_BTD = block(x_BTD, cos_BTP, sin_BTP, mask)
+        if not self.is_last:
+            return x_BTD
         x_BTD = self.model.norm(x_BTD)
-        head_VD = self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        head_VD = local_tensor(self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight)
         if target_BT is None:
             return x_BTD @ head_VD.T
         return cross_entropy_sum(x_BTD.flatten(0, 1), head_VD, target_BT.flatten(), self.chunk_loss)
 
-    def _rope(self, input_BT: Tensor, position_BT: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _rope(self, x: Tensor, position_BT: Tensor | None) -> tuple[Tensor, Tensor]:
         """cos and sin of every angle, float32, (B or 1, T, H/2)."""
         if position_BT is None:
-            position_BT = torch.arange(input_BT.shape[1], device=input_BT.device)[None]
-        angle_BTP = position_BT[..., None].float() * rope_frequencies(self.shape, input_BT.device)
+            position_BT = torch.arange(x.shape[1], device=x.device)[None]
+        angle_BTP = position_BT[..., None].float() * rope_frequencies(self.shape, x.device)
         return angle_BTP.cos(), angle_BTP.sin()
 
 

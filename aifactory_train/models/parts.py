@@ -13,15 +13,28 @@ from torch.distributed.tensor import DTensor, Placement
 
 @dataclass(frozen=True)
 class ModelParts:
-    """`root(input_BT, target_BT, document_BT, position_BT)` returns the summed loss.
+    """A whole model, or what one pipeline stage holds of it.
 
-    Everything below `root` that is not in `blocks` (embedding, last norm, head) is used at both ends of a
-    step, so the axes treat it as one group. `chunk_loss` holds no parameters; it is named to be compiled.
+    `root(x, target_BT, document_BT, position_BT)` takes token numbers x_BT where there is an `embed`, otherwise the
+    hidden states x_BTD of the stage before; it returns the summed loss where there is a `norm`, otherwise hidden states.
+
+    root: everything below it that is not in `blocks` is used at both ends of a step, so the axes treat it as one group.
+        Its `chunk_loss` (models/loss.py) is a module, so that it can be replaced and compiled.
+    embed, norm, head: None where the stage has none. With tied embeddings there is no head, and the last stage of a
+        pipeline has an `embed` of its own, whose table must stay equal to that of the first.
+    blocks: by number of the layer in the whole model, ascending.
+    attention_hosts: modules whose attribute `attention` (models/attention.py) says how tokens meet.
+    tp_plan: what tensor parallelism does to the linears of a block, by their name in it, in the words of Hugging Face's
+        `base_model_tp_plan`: "colwise" or "rowwise".
     """
 
     root: nn.Module
+    embed: nn.Module | None
     blocks: list[nn.Module]
-    chunk_loss: nn.Module
+    norm: nn.Module | None
+    head: nn.Module | None
+    attention_hosts: list[nn.Module]
+    tp_plan: dict[str, str]
 
     def block_matrices(self) -> list[nn.Parameter]:
         """The weight matrices inside the blocks: what Muon works on."""

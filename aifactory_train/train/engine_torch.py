@@ -1,4 +1,4 @@
-"""The engine on plain torch: FSDP2, gradient accumulation, global clipping, AdamW or Muon."""
+"""The engine on plain torch: every axis of the mesh, gradient accumulation, global clipping, AdamW or Muon."""
 
 from __future__ import annotations
 
@@ -9,28 +9,36 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from aifactory_train.data.loader import Batch
 from aifactory_train.errors import TrainingFault
 from aifactory_train.models.parts import ModelParts
+from aifactory_train.parallel.context import local_tokens
+from aifactory_train.parallel.mesh import Mesh
+from aifactory_train.parallel.pipeline import build_pipeline
 from aifactory_train.parallel.shard import DTYPES
 from aifactory_train.plan.plan import Plan
 from aifactory_train.train.engine import StepStats
-from aifactory_train.train.optim import build_optimizers, lr_factor, set_lr
+from aifactory_train.train.optim import build_optimizers, build_state, lr_factor, set_lr
 from aifactory_train.units import format_bytes
 
 
 class TorchEngine:
-    """Steps a sharded model. `parts` must have been through `apply_parallelism` and hold its weights."""
+    """Steps a sharded model. `stages` must have been through `apply_parallelism` and hold their weights.
 
-    def __init__(self, plan: Plan, parts: ModelParts, device: torch.device) -> None:
-        self.plan, self.parts, self.device = plan, parts, device
-        self.root = cast(FSDPModule, parts.root)
-        self.world_size = plan.layout.world_size
-        self.optimizers = build_optimizers(parts, plan.recipe.optim, DTYPES[plan.layout.precision])
+    Args:
+        stages: the pipeline stages of this rank in their order; without a pipeline the whole model.
+    """
+
+    def __init__(self, plan: Plan, stages: list[ModelParts], mesh: Mesh, device: torch.device) -> None:
+        self.plan, self.stages, self.mesh, self.device = plan, stages, mesh, device
+        self.optimizers = build_optimizers(stages, plan.recipe.optim, DTYPES[plan.layout.precision])
+        self.pipeline = build_pipeline(plan, stages, mesh, device) if plan.layout.pp > 1 else None
+        rank, n_tokens = mesh.rows["cp"].get_local_rank(), plan.recipe.data.seq_len_tokens
+        self.tokens_T = local_tokens(plan.layout, n_tokens, rank).to(device) if plan.layout.cp > 1 else None
+        self.named_parameters = {n: p for stage in stages for n, p in stage.root.named_parameters()}
 
     def rehearse(self, batch: Batch) -> None:
         with self._memory_errors():
@@ -56,9 +64,7 @@ class TorchEngine:
 
     def _train_step(self, batch: Batch, step: int) -> StepStats:
         loss_sum, n_valid_tokens = self._forward_backward(batch)
-        grad_norm = torch.nn.utils.clip_grad_norm_(
-            self.parts.root.parameters(), self.plan.recipe.optim.grad_clip_norm, foreach=True
-        )
+        grad_norm = self._clip_gradients()
         train = self.plan.recipe.train
         tokens = step * train.global_batch_tokens
         factor = lr_factor(self.plan.recipe.schedule, tokens, train.budget_tokens)
@@ -66,37 +72,87 @@ class TorchEngine:
         for optimizer in self.optimizers:
             optimizer.step()
         self._zero_grad()
-        norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
-        return StepStats(loss_sum, n_valid_tokens, norm, self.plan.recipe.optim.lr * factor)
+        return StepStats(loss_sum, n_valid_tokens, grad_norm, self.plan.recipe.optim.lr * factor)
 
     def _forward_backward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Gradients of (sum of losses / global count of valid tokens), reduced as the layout says."""
+        layout = self.plan.layout
         n_valid_tokens = torch.full((), float(batch.n_valid_tokens), device=self.device)  # no copy, so no sync
-        dist.all_reduce(n_valid_tokens)  # axis dp_shard: every rank has a batch at every step
-        loss_sum = torch.zeros((), device=self.device)
-        rows, each = self.plan.layout.micro_batch_rows, self.plan.layout.reduce_each_micro_batch
-        for start in range(0, batch.input_BT.shape[0], rows):
-            self.root.set_requires_gradient_sync(each or start + rows >= batch.input_BT.shape[0])
-            tensors = (batch.input_BT, batch.target_BT, batch.document_BT, batch.position_BT)
-            micro = [None if t is None else t[start : start + rows].to(self.device, non_blocking=True) for t in tensors]
-            micro_loss = self.parts.root(*micro)
-            # FSDP averages over ranks; times world_size makes it the sum that the count divides.
-            (micro_loss * (self.world_size / n_valid_tokens)).backward()
-            loss_sum += micro_loss.detach()
+        # Axis dp: every rank has a batch at every step. Ranks that differ in pp, cp or tp alone have the same rows.
+        dist.all_reduce(n_valid_tokens, group=self.mesh.rows["dp"].get_group())
+        # FSDP averages over its ranks; times their number makes it the sum that the count divides.
+        scale = layout.dp_replicate * layout.shard_degree / n_valid_tokens
+        if self.pipeline is not None:
+            loss_sum = self.pipeline.forward_backward(self._tensors(batch, slice(None)), scale)
+        else:
+            loss_sum = self._accumulate(batch, scale)
+        if self.mesh.rows["tp"].get_local_rank() > 0:
+            loss_sum.zero_()  # all ranks of tp have the same loss, which counts once
         return loss_sum, n_valid_tokens
+
+    def _accumulate(self, batch: Batch, scale: Tensor) -> Tensor:
+        """Forward and backward of one micro-batch after the other. Returns this rank's summed loss."""
+        root = self.stages[0].root
+        loss_sum = torch.zeros((), device=self.device)
+        n_rows, rows = batch.input_BT.shape[0], self.plan.layout.micro_batch_rows
+        for start in range(0, n_rows, rows):
+            self._reduce_gradients(root, is_last=start + rows >= n_rows)
+            loss = root(*self._tensors(batch, slice(start, start + rows)))
+            (loss * scale).backward()
+            loss_sum += loss.detach()
+        return loss_sum
+
+    def _reduce_gradients(self, root: FSDPModule, is_last: bool) -> None:
+        """Copies of shards (dp_replicate) exchange their sums in the last micro-batch, however often shards are made."""
+        root.set_requires_gradient_sync(is_last or self.plan.layout.reduce_each_micro_batch)
+        root.set_requires_all_reduce(is_last)
+
+    def _tensors(self, batch: Batch, rows: slice) -> tuple[Tensor | None, ...]:
+        """(input, target, document, position) of some rows on the device, cut to this rank's tokens where cp splits rows.
+
+        Documents stay whole: a mask needs those of the keys, too. A stage of a pipeline that does not see token numbers
+        needs positions.
+        """
+        tensors = (batch.input_BT, batch.target_BT, batch.document_BT, batch.position_BT)
+        moved = [None if t is None else t[rows].to(self.device, non_blocking=True) for t in tensors]
+        input_BT, target_BT, document_BT, position_BT = moved
+        if position_BT is None and (self.plan.layout.cp > 1 or self.pipeline is not None):
+            position_BT = torch.arange(input_BT.shape[1], device=self.device).expand_as(input_BT)
+        if self.plan.layout.cp > 1:
+            input_BT, target_BT, position_BT = (t[:, self.tokens_T] for t in (input_BT, target_BT, position_BT))
+        return input_BT, target_BT, document_BT, position_BT
+
+    def _clip_gradients(self) -> Tensor:
+        """Scale gradients down to the norm that the recipe allows. Returns the norm before it, of the whole model."""
+        counted = self.named_parameters.values()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in counted if p.grad is not None], foreach=True)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if self.pipeline is not None:
+            norm = self.pipeline.total_norm(norm)
+        for stage in self.stages:
+            parameters = stage.root.parameters()
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.plan.recipe.optim.grad_clip_norm, norm, foreach=True)
+        return norm
 
     def _zero_grad(self) -> None:
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict[str, Any]:
-        model, optim = get_state_dict(self.parts.root, self.optimizers)
-        return {"model": model, "optim": optim}
+        """The tensors themselves, not copies. A layer has the same names in every layout."""
+        build_state(self.optimizers)
+        of = {parameter: state for optimizer in self.optimizers for parameter, state in optimizer.state.items()}
+        return {
+            "model": {name: p.detach() for name, p in self.named_parameters.items()},
+            "optim": {name: of[p] for name, p in self.named_parameters.items()},
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        set_state_dict(
-            self.parts.root, self.optimizers, model_state_dict=state["model"], optim_state_dict=state["optim"]
-        )
+        own = self.state_dict()
+        for name, tensor in own["model"].items():
+            tensor.copy_(state["model"][name])
+            for key, moment in own["optim"][name].items():
+                moment.copy_(state["optim"][name][key])
 
     def close(self) -> None:
         self.optimizers.clear()

@@ -33,14 +33,14 @@ def lr_factor(schedule: Schedule, tokens: int, budget_tokens: int) -> float:
     return floor + (1 - floor) * (1 - done)
 
 
-def build_optimizers(parts: ModelParts, optim: Optim, precision: torch.dtype) -> list[Optimizer]:
-    """AdamW over all parameters, or Muon over the block matrices and AdamW over the rest.
+def build_optimizers(stages: list[ModelParts], optim: Optim, precision: torch.dtype) -> list[Optimizer]:
+    """AdamW over all parameters of this rank's stages, or Muon over the block matrices and AdamW over the rest.
 
     Each group carries `peak_lr`, from which `set_lr` makes `lr` at every step. Vectors are not decayed.
     """
-    matrices = parts.block_matrices() if optim.name == "muon" else []
+    matrices = [p for parts in stages for p in parts.block_matrices()] if optim.name == "muon" else []
     taken = {id(p) for p in matrices}
-    rest = [p for p in parts.root.parameters() if id(p) not in taken]
+    rest = [p for parts in stages for p in parts.root.parameters() if id(p) not in taken]
     groups: list[dict[str, Any]] = [
         {"params": [p for p in rest if p.ndim >= 2], "weight_decay": optim.weight_decay, "peak_lr": optim.lr},
         {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0, "peak_lr": optim.lr},
@@ -50,6 +50,26 @@ def build_optimizers(parts: ModelParts, optim: Optim, precision: torch.dtype) ->
         return [adamw]
     muon = Muon(matrices, optim.muon_lr, optim.muon_momentum, optim.weight_decay, precision)
     return [adamw, muon]
+
+
+@torch.no_grad()
+def build_state(optimizers: list[Optimizer]) -> None:
+    """Make the state that the first step would make, before it: zeros. Nothing where it is there already.
+
+    A step of size 0 changes no weight; gradients that are there are lost.
+    """
+    for optimizer in optimizers:
+        if optimizer.state:
+            continue
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+            for p in group["params"]:
+                p.grad = torch.zeros_like(p)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        for state in optimizer.state.values():
+            for tensor in state.values():
+                tensor.zero_()
 
 
 def set_lr(optimizers: list[Optimizer], factor: float) -> None:

@@ -31,6 +31,7 @@ from aifactory_train.parallel.apply import apply_parallelism
 from aifactory_train.parallel.mesh import build_mesh
 from aifactory_train.plan.placement import device_of
 from aifactory_train.plan.plan import Plan, load_plan
+from aifactory_train.plan.stages import layers_by_stage, stages_of_rank
 from aifactory_train.plan.support import refuse_untrainable
 from aifactory_train.results.provenance import provenance
 from aifactory_train.rundir import RunDir, hold, log_event, read_jsonl, step_folder
@@ -218,23 +219,27 @@ def build_engine(plan: Plan, device: torch.device, fresh: bool) -> TorchEngine:
     Args:
         fresh: fill the weights (random or `model.init_from`); otherwise a checkpoint will.
     """
-    recipe = plan.recipe
-    mesh = build_mesh(plan.layout, device.type)
+    recipe, layout = plan.recipe, plan.layout
+    mesh = build_mesh(layout, device.type)
+    layers = layers_by_stage(recipe.model, layout.pp * layout.stages_per_rank)
     with torch.device("meta"):
-        decoder = Decoder(recipe.model)
-    apply_parallelism(decoder.parts(), mesh, plan.layout)
-    decoder.to_empty(device=device)
-    if fresh and recipe.model.init_from:
-        load_huggingface(decoder, Path(recipe.model.init_from))
-    elif fresh:
-        init_weights(decoder, recipe.train.seed)
-    return TorchEngine(plan, decoder.parts(), device)
+        decoders = [Decoder(recipe.model, layers[s]) for s in stages_of_rank(layout, mesh.rows["pp"].get_local_rank())]
+    stages = [decoder.parts() for decoder in decoders]
+    for decoder, parts in zip(decoders, stages, strict=True):
+        apply_parallelism(parts, mesh, layout, recipe.data.seq_len_tokens)
+        decoder.to_empty(device=device)
+        if fresh and recipe.model.init_from:
+            load_huggingface(decoder, Path(recipe.model.init_from))
+        elif fresh:
+            init_weights(decoder, recipe.train.seed)
+    return TorchEngine(plan, stages, mesh, device)
 
 
 def build_loader(plan: Plan, ranks: Ranks, prepared: Prepared, pin_memory: bool) -> Loader:
     recipe = plan.recipe
+    part, n_parts = plan.layout.data_rank(ranks.rank), plan.layout.dp
     rows = recipe.global_batch_rows
-    return Loader(prepared, recipe.data, recipe.train.seed, rows, ranks.rank, ranks.world_size, pin_memory=pin_memory)
+    return Loader(prepared, recipe.data, recipe.train.seed, rows, part, n_parts, pin_memory=pin_memory)
 
 
 def resume(plan: Plan, ranks: Ranks, engine: Engine, checkpoints: CheckpointManager, commit: Commit) -> None:

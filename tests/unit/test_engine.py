@@ -96,7 +96,7 @@ def test_remat_computes_the_blocks_again_and_changes_no_bit(one_rank):
         with Calls() as calls:
             stats = engine.train_step(a_batch(), 2)
         matmuls.append(calls.count("mm"))
-        states.append([stats.loss_sum, stats.grad_norm, *(p.full_tensor() for p in engine.parts.root.parameters())])
+        states.append([stats.loss_sum, stats.grad_norm, *(p.full_tensor() for p in engine.named_parameters.values())])
     assert matmuls[1] > matmuls[0]
     assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
 
@@ -120,7 +120,7 @@ def test_gradients_may_be_reduced_in_each_micro_batch(four_silent_ranks):
 
 def test_a_rehearsal_changes_nothing(one_rank):
     engine = engine_after_one_step(small_plan(8))
-    before = [p.full_tensor().clone() for p in engine.parts.root.parameters()]
+    before = [p.full_tensor().clone() for p in engine.named_parameters.values()]
     engine.rehearse(a_batch())
-    assert all(torch.equal(a, b.full_tensor()) for a, b in zip(before, engine.parts.root.parameters(), strict=True))
-    assert all(p.grad is None for p in engine.parts.root.parameters())
+    assert all(torch.equal(a, b.full_tensor()) for a, b in zip(before, engine.named_parameters.values(), strict=True))
+    assert all(p.grad is None for p in engine.named_parameters.values())

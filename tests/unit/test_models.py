@@ -161,7 +161,7 @@ def test_initial_weights_depend_on_seed_and_name_only():
     for (name, a), b, c in zip(one.named_parameters(), two.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b), name
         assert a.ndim == 1 or not torch.equal(a, c), name
-    first, second = one.model.layers
+    first, second = one.model.layers.values()
     assert not torch.equal(first.mlp.up_proj.weight, second.mlp.up_proj.weight)
     assert abs(first.mlp.up_proj.weight.std().item() - 0.02) < 0.001
     assert abs(first.mlp.down_proj.weight.std().item() - 0.02 / 2) < 0.001
