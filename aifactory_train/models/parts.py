@@ -15,8 +15,8 @@ from torch.distributed.tensor import DTensor, Placement
 class ModelParts:
     """A whole model, or what one pipeline stage holds of it.
 
-    `root(x, target_BT, document_BT, position_BT)` takes token numbers x_BT where there is an `embed`, otherwise the
-    hidden states x_BTD of the stage before; it returns the summed loss where there is a `norm`, otherwise hidden states.
+    `root(x, target_BT, document_BT, position_BT)` takes token numbers x_BT in the first stage, otherwise the hidden
+    states x_BTD of the stage before; it returns the summed loss where there is a `norm`, otherwise hidden states.
 
     root: everything below it that is not in `blocks` is used at both ends of a step, so the axes treat it as one group.
         Its `chunk_loss` (models/loss.py) is a module, so that it can be replaced and compiled.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -103,12 +103,12 @@ class TorchEngine:
         return loss_sum
 
     def _reduce_gradients(self, root: FSDPModule, is_last: bool) -> None:
-        """Copies of shards (dp_replicate) exchange their sums in the last micro-batch, however often shards are made."""
+        """Copies of shards (dp_replicate) exchange sums in the last micro-batch, however often shards are made."""
         root.set_requires_gradient_sync(is_last or self.plan.layout.reduce_each_micro_batch)
         root.set_requires_all_reduce(is_last)
 
     def _tensors(self, batch: Batch, rows: slice) -> tuple[Tensor | None, ...]:
-        """(input, target, document, position) of some rows on the device, cut to this rank's tokens where cp splits rows.
+        """(input, target, document, position) of some rows on the device; where cp splits rows, of this rank's tokens.
 
         Documents stay whole: a mask needs those of the keys, too. A stage of a pipeline that does not see token numbers
         needs positions.
