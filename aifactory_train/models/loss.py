@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed import ProcessGroup
+from torch.distributed._functional_collectives import all_reduce
 
 from aifactory_train.plan.shape import LOSS_CHUNK_TOKENS
 
@@ -29,6 +31,38 @@ class ChunkLoss(nn.Module):
         columns_V = torch.arange(logits_CV.shape[1], device=logits_CV.device)
         p_CV = logp_CV.exp()
         grad_CV = torch.where(columns_V == index_C1, p_CV - 1, p_CV)
+        return loss, (grad_CV * valid_C[:, None]).to(logits_CV.dtype)
+
+
+class VocabularyParallelChunkLoss(nn.Module):
+    """ChunkLoss where each rank of axis tp has the logits of some words: (C, V of this rank), targets of all words.
+
+    All ranks return the loss over the whole vocabulary, and each the gradient of its own logits.
+
+    Args:
+        first_word: number of the word in column 0.
+        group: of axis tp.
+    """
+
+    def __init__(self, first_word: int, group: ProcessGroup) -> None:
+        super().__init__()
+        self.first_word, self.group = first_word, group
+
+    def forward(self, logits_CV: torch.Tensor, target_C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        shifted_CV = logits_CV.float()
+        # Axis tp, twice in each chunk: all its ranks have the same tokens, so all arrive.
+        shifted_CV = shifted_CV - all_reduce(shifted_CV.amax(1), "max", self.group)[:, None]
+        exp_CV = shifted_CV.exp()
+        column_C1 = (target_C - self.first_word)[:, None]
+        columns_V = torch.arange(logits_CV.shape[1], device=logits_CV.device)
+        picked_C1 = shifted_CV.gather(1, column_C1.clamp(0, logits_CV.shape[1] - 1))
+        is_here_C1 = (column_C1 >= 0) & (column_C1 < logits_CV.shape[1])
+        own_2C = torch.stack((exp_CV.sum(1), torch.where(is_here_C1, picked_C1, 0.0).squeeze(1)))
+        sum_C, picked_C = all_reduce(own_2C, "sum", self.group).unbind()
+        valid_C = target_C != IGNORE
+        loss = torch.where(valid_C, sum_C.log() - picked_C, 0.0).sum()
+        p_CV = exp_CV / sum_C[:, None]
+        grad_CV = torch.where(columns_V == column_C1, p_CV - 1, p_CV)
         return loss, (grad_CV * valid_C[:, None]).to(logits_CV.dtype)
 
 
@@ -68,5 +102,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 def cross_entropy_sum(
     hidden_ND: torch.Tensor, weight_VD: torch.Tensor, target_N: torch.Tensor, chunk_loss: nn.Module
 ) -> torch.Tensor:
-    """Sum over valid tokens of -log p(target): a float32 scalar. `chunk_loss` is a ChunkLoss, compiled or not."""
+    """Sum over valid tokens of -log p(target): a float32 scalar.
+
+    Args:
+        weight_VD: the rows that `chunk_loss` has columns for. Where these are a part of the vocabulary, the gradient of
+            hidden_ND is that part's share of the whole.
+        chunk_loss: a ChunkLoss or a VocabularyParallelChunkLoss, compiled or not.
+    """
     return _ChunkedCrossEntropy.apply(hidden_ND, weight_VD, target_N, chunk_loss)
