@@ -1,6 +1,7 @@
 """Causal attention, limited to documents when the batch says where they are.
 
-Shapes: B rows, T tokens, N query heads, K key/value heads, H head width.
+Shapes: B rows, T tokens, N query heads, K key/value heads, H head width. Where queries meet other tokens than their
+own, Q is the number of queries and S that of keys.
 """
 
 from __future__ import annotations
@@ -11,15 +12,19 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention import flex_attention as flex
 
 from aifactory_train.plan.shape import CPU_CHUNKED_ROW_TOKENS
 
 CPU_CHUNK_TOKENS = 64
 
 # Uncompiled, the one holds all T x T scores and the other the dense mask. In a compiled block both are inlined.
-_flex_attention = torch.compile(flex_attention, dynamic=False)
-_create_block_mask = torch.compile(create_block_mask, dynamic=False)
+_flex_attention = torch.compile(flex.flex_attention, dynamic=False)
+_create_block_mask = torch.compile(flex.create_block_mask, dynamic=False)
+
+# Of a key that a query may not see. Finite, so that a query that sees no key at all has weights and gradients that are
+# numbers; its log-sum-exp stays so low that a merge gives it no weight.
+UNSEEN_SCORE = -1e30
 
 # None: plain causal. Tensor (B, 1, T, T), bool: dense mask. Otherwise a flex_attention BlockMask.
 Mask = Any
@@ -105,6 +110,99 @@ def block_mask(document_BT: torch.Tensor) -> Any:
 
     n_rows, n_tokens = document_BT.shape
     return _create_block_mask(same_document_and_causal, n_rows, None, n_tokens, n_tokens, device=document_BT.device)
+
+
+def build_part_mask(
+    document_BQ: torch.Tensor | None,
+    document_BS: torch.Tensor | None,
+    n_queries: int,
+    n_keys: int,
+    causal: bool,
+    on: str,
+) -> Mask:
+    """The mask of `attend_part`, from the documents of queries and keys, or None for both. `on`: type of the device."""
+    if on == "cuda":
+        return part_block_mask(document_BQ, document_BS, n_queries, n_keys, causal, on)
+    if document_BQ is None or document_BS is None:
+        return None
+    same_BQS = document_BQ[:, :, None] == document_BS[:, None, :]
+    return (same_BQS.tril(n_keys - n_queries) if causal else same_BQS)[:, None]
+
+
+def part_block_mask(
+    document_BQ: torch.Tensor | None,
+    document_BS: torch.Tensor | None,
+    n_queries: int,
+    n_keys: int,
+    causal: bool,
+    on: str,
+) -> Any:
+    later = n_keys - n_queries
+
+    def sees(b: Any, h: Any, q: Any, k: Any) -> Any:
+        if document_BQ is None or document_BS is None:
+            return q + later >= k
+        same = document_BQ[b, q] == document_BS[b, k]
+        return same & (q + later >= k) if causal else same
+
+    if document_BQ is None and not causal:
+        return None
+    n_rows = None if document_BQ is None else document_BQ.shape[0]
+    return _create_block_mask(sees, n_rows, None, n_queries, n_keys, device=on)
+
+
+def attend_part(
+    q_BNQH: torch.Tensor, k_BKSH: torch.Tensor, v_BKSH: torch.Tensor, mask: Mask, causal: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of some queries to some of their keys, to be merged by `merge_parts`.
+
+    Args:
+        mask: of `build_part_mask`.
+        causal: the last query stands at the last key. Otherwise all keys may be seen.
+
+    Returns:
+        out (B, N, Q, H) and the log-sum-exp of the scores (B, N, Q), float32. Where a query sees no key, out is some
+        number and the log-sum-exp about UNSEEN_SCORE.
+    """
+    if q_BNQH.is_cuda:
+        return _attend_part_flex(q_BNQH, k_BKSH, v_BKSH, mask)
+    (n_rows, n_heads, n_queries, head), (n_kv_heads, n_keys) = q_BNQH.shape, k_BKSH.shape[1:3]
+    groups = n_heads // n_kv_heads
+    q_BKGQH = (q_BNQH * head**-0.5).view(n_rows, n_kv_heads, groups, n_queries, head)
+    k_BKHS = k_BKSH.transpose(2, 3)
+    outs, lses = [], []
+    for start in range(0, n_queries, CPU_CHUNK_TOKENS):
+        stop = min(start + CPU_CHUNK_TOKENS, n_queries)
+        n, end = stop - start, (n_keys - n_queries + stop if causal else n_keys)
+        q_BKXH = q_BKGQH[:, :, :, start:stop].reshape(n_rows, n_kv_heads, groups * n, head)
+        score = (q_BKXH @ k_BKHS[..., :end]).view(n_rows, n_kv_heads, groups, n, end).float()
+        if mask is not None:
+            score = score.masked_fill(~mask[:, None, :, start:stop, :end], UNSEEN_SCORE)
+        elif causal:
+            score = score + _later_keys(n, end - n, score.device)
+        weight = score.softmax(-1).to(v_BKSH.dtype).view(n_rows, n_kv_heads, groups * n, end)
+        outs.append((weight @ v_BKSH[:, :, :end]).view(n_rows, n_heads, n, head))
+        lses.append(score.logsumexp(-1).view(n_rows, n_heads, n))
+    return torch.cat(outs, dim=2), torch.cat(lses, dim=2)
+
+
+def _attend_part_flex(
+    q_BNQH: torch.Tensor, k_BKSH: torch.Tensor, v_BKSH: torch.Tensor, mask: Mask
+) -> tuple[torch.Tensor, torch.Tensor]:
+    grouped = q_BNQH.shape[1] != k_BKSH.shape[1]
+    out_BNQH, aux = _flex_attention(
+        q_BNQH, k_BKSH, v_BKSH, block_mask=mask, enable_gqa=grouped, return_aux=flex.AuxRequest(lse=True)
+    )
+    return out_BNQH, aux.lse.float().clamp(min=UNSEEN_SCORE)  # -inf where no key is seen
+
+
+def merge_parts(
+    one: tuple[torch.Tensor, torch.Tensor], other: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two results of `attend_part` for the same queries and other keys as one, in float32."""
+    (out_a_BNQH, lse_a_BNQ), (out_b_BNQH, lse_b_BNQ) = one, other
+    share_BNQ1 = torch.sigmoid(lse_b_BNQ - lse_a_BNQ)[..., None]
+    return torch.lerp(out_a_BNQH.float(), out_b_BNQH.float(), share_BNQ1), torch.logaddexp(lse_a_BNQ, lse_b_BNQ)
 
 
 LOCAL = Attention(build_mask, attend)
