@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from aifactory_train.checkpoint.dcp import read_tensors, stored_tensors
 from aifactory_train.checkpoint.manager import check_model, read_commit, verify_files
 from aifactory_train.errors import CheckpointError, UserError, storage_errors
+from aifactory_train.models.decoder import Decoder
 from aifactory_train.models.parts import copy_into, local_slices, local_tensor
 from aifactory_train.plan.plan import Plan
 from aifactory_train.recipe.schema import Model
@@ -134,17 +134,21 @@ def _write_config(model: Model, tokenizer: Path, target: Path, dtype: torch.dtyp
 
 
 @torch.no_grad()
-def load_huggingface(decoder: nn.Module, folder: Path) -> None:
-    """Fill a decoder, sharded or not, from a Hugging Face folder of safetensors; each rank reads its own part.
+def load_huggingface(decoder: Decoder, folder: Path) -> None:
+    """Fill a decoder or a stage of one, sharded or not, from a Hugging Face folder of safetensors.
+
+    Each rank reads its own part.
 
     Raises:
         CheckpointError: no such folder, another architecture, missing or truncated files, missing tensors.
     """
     from safetensors import SafetensorError, safe_open
 
-    _check_config(decoder.shape, folder)  # type: ignore[arg-type]
+    _check_config(decoder.shape, folder)
     files = _weight_files(folder)
-    ours = {n for n, _ in decoder.named_parameters()}
+    # Of the whole model: a pipeline stage has a part of it, and the other tensors belong to other stages.
+    with torch.device("meta"):
+        ours = {n for n, _ in Decoder(decoder.shape).named_parameters()}
     # Older folders hold the frequencies of RoPE, and tied ones a second copy of the embedding.
     extra = [n for n in files if n not in ours and n != "lm_head.weight" and not n.endswith("rotary_emb.inv_freq")]
     if extra:

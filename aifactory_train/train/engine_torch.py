@@ -124,7 +124,7 @@ class TorchEngine:
 
     def _clip_gradients(self) -> Tensor:
         """Scale gradients down to the norm that the recipe allows. Returns the norm before it, of the whole model."""
-        counted = self.named_parameters.values()
+        counted = self.named_parameters.values() if self.pipeline is None else self.pipeline.counted
         norm = torch.nn.utils.get_total_norm([p.grad for p in counted if p.grad is not None], foreach=True)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if self.pipeline is not None:
@@ -140,19 +140,24 @@ class TorchEngine:
 
     def state_dict(self) -> dict[str, Any]:
         """The tensors themselves, not copies. A layer has the same names in every layout."""
-        build_state(self.optimizers)
-        of = {parameter: state for optimizer in self.optimizers for parameter, state in optimizer.state.items()}
+        of = self._optimizer_state()
         return {
             "model": {name: p.detach() for name, p in self.named_parameters.items()},
             "optim": {name: of[p] for name, p in self.named_parameters.items()},
         }
 
+    @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        own = self.state_dict()
-        for name, tensor in own["model"].items():
-            tensor.copy_(state["model"][name])
-            for key, moment in own["optim"][name].items():
+        of = self._optimizer_state()
+        # Not by name alone: first and last stage may both be here, each with a tied table of one name.
+        for name, parameter in (named for stage in self.stages for named in stage.root.named_parameters()):
+            parameter.copy_(state["model"][name])
+            for key, moment in of[parameter].items():
                 moment.copy_(state["optim"][name][key])
+
+    def _optimizer_state(self) -> dict[Tensor, dict[str, Tensor]]:
+        build_state(self.optimizers)
+        return {parameter: state for optimizer in self.optimizers for parameter, state in optimizer.state.items()}
 
     def close(self) -> None:
         self.optimizers.clear()
