@@ -189,7 +189,7 @@ def _expected(fault: Any) -> str:
 
 
 def _is_branch(part: str | int) -> bool:
-    return isinstance(part, str) and (part in ("int", "float", "bool", "str") or "[" in part)
+    return isinstance(part, str) and (part in ("int", "float", "constrained-float", "bool", "str") or "[" in part)
 
 
 def _nearest(word: str, valid: list[str]) -> str | None:

@@ -152,10 +152,9 @@ def product_faults(finite: bool, n_wrong: int, n: int) -> list[Fault]:
 def check_matmul_rate(here: Here) -> list[Fault]:
     rate = measure_matmul_flops_per_s(here.device, _dtype(here), REPEATS)
     here.facts["matmul_flops_per_s"] = rate
-    wanted = getattr(here.machine.measured.matmul_flops_per_s, here.plan.layout.precision)
-    return rate_faults(
-        f"matrix products ({here.plan.layout.precision})", rate, _share(here, wanted), format_flops_per_s
-    )
+    precision = "fp32" if _dtype(here) == torch.float32 else "bf16"
+    wanted = getattr(here.machine.measured.matmul_flops_per_s, precision)
+    return rate_faults(f"matrix products ({precision})", rate, _share(here, wanted), format_flops_per_s)
 
 
 def check_copy_rate(here: Here) -> list[Fault]:
@@ -183,7 +182,8 @@ def rate_faults(what: str, seen: float, wanted: float | None, shown: Callable[[f
 
 
 def _dtype(here: Here) -> torch.dtype:
-    return torch.bfloat16 if here.plan.layout.precision == "bf16" else torch.float32
+    """With fp8 that of all other products."""
+    return torch.float32 if here.plan.layout.precision == "fp32" else torch.bfloat16
 
 
 def _mem_total_bytes(meminfo: str) -> int | None:

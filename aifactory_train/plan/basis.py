@@ -13,14 +13,14 @@ from aifactory_train.plan.contract import Layout
 from aifactory_train.plan.cost import STARTUP_S, assumed_save_bytes_per_s, peak_power_w
 from aifactory_train.plan.failures import FAILURES
 from aifactory_train.plan.network import AxisLink, axis_links
-from aifactory_train.plan.rates import Rates, RateSource, device_rates
+from aifactory_train.plan.rates import Rates, RateSource, device_rates, rate_key
 
 Basis = tuple[str, RateSource, str]
 
 
 def measured_vs_assumed(machine: Machine, layout: Layout) -> list[Basis]:
     """(term, where from, text) for each rate that the predictions of this layout rest on."""
-    rates = device_rates(machine, layout.precision)
+    rates, key = device_rates(machine, layout.precision), rate_key(layout.precision)
     found = [*_device(machine, layout, rates), *_links(machine, layout)]
     writes = machine.measured.checkpoint_bytes_per_s
     if writes is None:
@@ -29,10 +29,10 @@ def measured_vs_assumed(machine: Machine, layout: Layout) -> list[Basis]:
     else:
         text = _with_origin(machine, units.format_bytes_per_s(writes), "measured.checkpoint_bytes_per_s")
         found.append(("checkpoint writes", "measured", text))
-    ratio = getattr(machine.measured.step_time_ratio, layout.precision)
+    ratio = getattr(machine.measured.step_time_ratio, key)
     why = correct_step_time(machine, layout.precision, 1.0).why
     if ratio is not None:
-        why = _with_origin(machine, why, f"measured.step_time_ratio.{layout.precision}")
+        why = _with_origin(machine, why, f"measured.step_time_ratio.{key}")
     found.append(("whole step", "assumed" if ratio is None else "measured", why))
     found.append(("start of a job", "assumed", units.format_seconds(STARTUP_S)))
     watts, stock_part = peak_power_w(machine)
@@ -50,7 +50,7 @@ def _device(machine: Machine, layout: Layout, rates: Rates) -> list[Basis]:
             rates.matmul_source,
             rates.peak_flops_per_s,
             units.format_flops_per_s(rates.peak_flops_per_s),
-            f"matmul_flops_per_s.{layout.precision}",
+            f"matmul_flops_per_s.{rate_key(layout.precision)}",
         ),
         (
             "device memory",

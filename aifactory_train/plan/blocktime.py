@@ -90,15 +90,16 @@ class Forward:
 
 def device_pace(machine: Machine, layout: Layout, software: Software, constants: Constants) -> Pace | None:
     """None where no rate of the matrix products or of the memory is known or can be assumed."""
-    base = rates.device_rates(machine, "bf16" if layout.precision == "fp8" else layout.precision)
-    low = rates.device_rates(machine, "fp8") if layout.precision == "fp8" else base
+    fp8 = rates.rate_key(layout.precision) == "fp8"
+    base = rates.device_rates(machine, "bf16" if fp8 else layout.precision)
+    low = rates.device_rates(machine, "fp8") if fp8 else base
     if base.peak_flops_per_s is None or low.peak_flops_per_s is None or base.memory_bytes_per_s is None:
         return None
     architecture = architecture_of(machine.device)
     n_devices = layout.n_nodes * (1 if machine.device.kind == "cpu" else machine.device.per_node)
     share = min(1.0, n_devices / layout.world_size)
     power = _power_factor(machine, architecture, constants)
-    low_key = f"{architecture} fp8" if layout.precision == "fp8" else architecture
+    low_key = f"{architecture} fp8" if fp8 else architecture
     # Attention has a share of the peak: a measured rate of products is taken back to the peak that goes with it.
     gemm_frac = constants.gemm_frac.get(architecture, constants.gemm_frac["other"])
     peak = base.peak_flops_per_s / (gemm_frac if base.matmul_source == "measured" else 1.0)
@@ -161,7 +162,7 @@ def block_forward(work: Work, layout: Layout, software: Software, pace: Pace) ->
     products = ((tokens, q + 2 * kv, d), (tokens, d, q), (tokens, (n_mlp - 1) * f, d), (tokens, d, f))
     fused = layout.compile if software.fused_elementwise is None else software.fused_elementwise
     moved_bytes = _moved_elements(tokens, d, f, q, kv, layout, software, fused, n_mlp, model.qk_norm) * size
-    if layout.precision == "fp8":
+    if rates.rate_key(layout.precision) == "fp8":
         # Each input is read in bf16 and written in fp8 for its product, each gradient too in the backward pass.
         moved_bytes += 3 * sum(m * k for m, _, k in products)
     # Half of the square of scores, q k^T and scores v. Without flash attention the masked half is computed too.

@@ -15,7 +15,7 @@ from aifactory_train.errors import MachineError
 from aifactory_train.machine.facts import FactSource
 from aifactory_train.machine.machine import Machine, Measured, Ratio, RatioByDtype
 from aifactory_train.plan.contract import Layout
-from aifactory_train.plan.rates import Precision
+from aifactory_train.plan.rates import Precision, rate_key
 from aifactory_train.plan.steptime import estimate_step_time_s, total_step_time_s
 from aifactory_train.plan.work import Work
 from aifactory_train.units import format_bytes_per_s, format_difference, format_flops_per_s, format_fraction
@@ -86,7 +86,8 @@ def calibrate(machine: Machine, rates: Sequence[RateObservation], runs: Sequence
 
 def correct_step_time(machine: Machine, precision: Precision, predicted_s: float) -> StepTimeRange:
     """What was measured on this machine in this precision, applied to a predicted step time."""
-    ratio = getattr(machine.measured.step_time_ratio, precision)
+    key = rate_key(precision)
+    ratio = getattr(machine.measured.step_time_ratio, key)
     if ratio is None:
         why = "no run was measured on this machine (aifactory-train calibrate)"
         if machine.device.kind == "cpu":
@@ -97,7 +98,7 @@ def correct_step_time(machine: Machine, precision: Precision, predicted_s: float
         )
         return StepTimeRange(predicted_s, predicted_s / far, predicted_s * far, why)
     low, high = (ratio.median * (1 + sign * LEAST_RANGE_FRAC) for sign in (-1, 1))
-    runs = f"{ratio.n_results} {precision} run" + ("" if ratio.n_results == 1 else "s")
+    runs = f"{ratio.n_results} {key} run" + ("" if ratio.n_results == 1 else "s")
     return StepTimeRange(
         expected_s=predicted_s * ratio.median,
         low_s=predicted_s * min(low, ratio.low),
@@ -177,8 +178,9 @@ def _with_ratios(machine: Machine, runs: Sequence[RunObservation], date: str) ->
                 where=f"{machine.name}: measured.matmul_flops_per_s and memory_bytes_per_s; {run.origin}",
                 do="on the machine: aifactory-train probe --out rates.yaml, and name rates.yaml beside the runs",
             )
-        ratios.setdefault(run.layout.precision, []).append(run.step_time_s / predicted_s)
-        origins.setdefault(run.layout.precision, []).append(run.origin)
+        key = rate_key(run.layout.precision)
+        ratios.setdefault(key, []).append(run.step_time_s / predicted_s)
+        origins.setdefault(key, []).append(run.origin)
     found = {
         precision: Ratio(median=statistics.median(taken), low=min(taken), high=max(taken), n_results=len(taken))
         for precision, taken in ratios.items()

@@ -17,7 +17,7 @@ from aifactory_train.plan.memory import FIT_FRAC, estimate_memory
 from aifactory_train.plan.nodes import NodeTable
 from aifactory_train.plan.placement import place
 from aifactory_train.plan.plan import Plan
-from aifactory_train.plan.rates import family_rates
+from aifactory_train.plan.rates import family_rates, rate_key
 from aifactory_train.plan.search import Candidate, Ranking
 from aifactory_train.plan.support import why_not_trainable
 from aifactory_train.plan.work import work_of
@@ -146,6 +146,7 @@ def _layout_rows(plan: Plan) -> list[tuple[str, str]]:
         "none": "kept",
         "selective": "in part computed again in the backward pass",
         "full": "of each block computed again in the backward pass",
+        "budget": f"{layout.remat_budget_frac or 1:.2g} of them kept, the rest computed again as the compiler chooses",
     }
     gathered = "block by block" if layout.reshard_after_forward else "once for forward and backward"
     if layout.engine == "deepspeed":
@@ -160,10 +161,15 @@ def _layout_rows(plan: Plan) -> list[tuple[str, str]]:
         ("parameters", f"gathered {gathered}" if layout.shard_degree > 1 else "whole on each rank"),
         ("activations", kept[layout.remat]),
         *([("gradients", summed)] if layout.accumulation > 1 and layout.shard_degree > 1 else []),
-        *([("pipeline", f"{layout.stages_per_rank} stage(s) on each rank")] if layout.pp > 1 else []),
+        *([("pipeline", _pipeline(layout))] if layout.pp > 1 else []),
+        *([("attention", f"over the ranks of cp by {layout.cp_attention.replace('_', '-')}")] if layout.cp > 1 else []),
         *([("offload", "optimizer state in host memory")] if layout.offload == "optimizer" else []),
         ("host", f"{layout.threads_per_rank} thread(s) a rank"),
     ]
+
+
+def _pipeline(layout: Layout) -> str:
+    return f"{layout.pipeline_schedule}, {_plural(layout.stages_per_rank, 'stage')} on each rank"
 
 
 def _fit_row(plan: Plan, ranking: Ranking) -> tuple[str, str]:
@@ -199,7 +205,7 @@ def _mfu(plan: Plan, tokens_per_s: float) -> str:
     """Against the published peak, else against the one that is assumed for the family."""
     device, layout = plan.machine.device, plan.layout
     family = None if device.kind == "cpu" else family_rates(device.name)
-    peak = None if family is None else getattr(family, f"{layout.precision}_flops_per_s")
+    peak = None if family is None else getattr(family, f"{rate_key(layout.precision)}_flops_per_s")
     if plan.predicted.mfu_frac is not None or family is None or peak is None:
         return f"MFU {units.format_fraction(plan.predicted.mfu_frac)}"
     mfu_frac = tokens_per_s * plan.shape.model_flops_per_token / (peak * n_devices(plan.machine, layout))

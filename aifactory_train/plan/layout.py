@@ -5,12 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from aifactory_train.machine.machine import Machine
 from aifactory_train.plan.contract import Layout
+from aifactory_train.plan.stages import V_SCHEDULES
 from aifactory_train.recipe.schema import Model, Recipe
 
+Schedule = Literal["1f1b", "interleaved", "zbv", "dualpipev"]
+CpAttention = Literal["all_gather", "ring", "ulysses"]
+
+# Schedules that are tried on auto. zbv and dualpipev only where asked for: nobody has measured them here, and what
+# they give up for it, compiled blocks and remat, may cost more than the bubble.
+SCHEDULES_ON_AUTO: tuple[tuple[Schedule, int], ...] = (("1f1b", 1), ("interleaved", 2), ("interleaved", 4))
 # On auto a rank keeps at least so many tokens of a row: shorter chunks leave ring attention waiting for its neighbours.
 LEAST_CP_TOKENS = 4096
 # On auto dp_shard is tried in steps of this factor; what lies between is as fast, as far as the model of time can tell.
@@ -65,20 +72,62 @@ def tp_fault(model: Model, seq_len_tokens: int, tp: int, per_node: int) -> str |
     return None
 
 
-def cp_fault(seq_len_tokens: int, cp: int) -> str | None:
-    """Why rows cannot be split over cp ranks: each takes one chunk from the front and one from the back."""
-    if seq_len_tokens % (2 * cp):
-        return f"data.seq_len_tokens {seq_len_tokens} is no multiple of 2 x {cp} = {2 * cp} chunks"
+def cp_fault(recipe: Recipe, cp: int, tp: int) -> str | None:
+    """Why rows cannot be split over cp ranks: each takes one chunk from the front and one from the back.
+
+    Ulysses gives each of them some of the heads of a tp rank.
+    """
+    seq, model = recipe.data.seq_len_tokens, recipe.model
+    if cp == 1:
+        return None
+    if seq % (2 * cp):
+        return f"data.seq_len_tokens {seq} is no multiple of 2 x {cp} = {2 * cp} chunks"
+    if recipe.layout.cp_attention == "ulysses" and not _has_heads(model, cp, tp):
+        on = "" if tp == 1 else f" on each of {tp} tp ranks"
+        return f"cp_attention ulysses shares out model.n_kv_heads {model.n_kv_heads}{on}, no multiple of it"
     return None
+
+
+def _has_heads(model: Model, cp: int, tp: int) -> bool:
+    return model.n_kv_heads // tp % cp == 0 and model.n_heads // tp % cp == 0
+
+
+def cp_attention(recipe: Recipe, degrees: Degrees) -> CpAttention:
+    """That of the recipe; on auto heads are exchanged for tokens where they divide: the kernel sees whole rows, and no
+    rank keeps keys and values of others."""
+    wish = recipe.layout.cp_attention
+    if wish != "auto":
+        return wish
+    return "ulysses" if degrees.cp > 1 and _has_heads(recipe.model, degrees.cp, degrees.tp) else "all_gather"
 
 
 def pp_fault(model: Model, pp: int, stages_per_rank: int) -> str | None:
-    """Why a model cannot be cut into pipeline stages. Stages differ by one layer at most."""
+    """Why a model cannot be cut into pipeline stages: each has at least one layer."""
     if pp * stages_per_rank > model.n_layers:
         return f"model.n_layers {model.n_layers} are fewer than its {pp * stages_per_rank} stages"
-    if pp > 1 and model.tied_embeddings:
-        return "model.tied_embeddings is true, and the first and the last stage cannot share a table"
     return None
+
+
+def schedules(recipe: Recipe) -> tuple[tuple[Schedule, int], ...]:
+    """(schedule, stages on each rank) that the recipe allows for a pipeline."""
+    wish = recipe.layout.pipeline_schedule
+    if wish == "auto":
+        return SCHEDULES_ON_AUTO
+    if wish == "1f1b":
+        return (("1f1b", 1),)
+    if wish == "zbv" or wish == "dualpipev":
+        return ((wish, 2),)
+    return (("interleaved", int(wish.removeprefix("interleaved-"))),)
+
+
+def schedule_takes(schedule: Schedule, pp: int, n_micro: int) -> bool:
+    """Whether torch.distributed.pipelining 2.13 runs so many micro-batches over pp ranks without ranks that idle.
+
+    Interleaved: in rounds of equally many, at least pp each. dualpipev: one for each of its 2 pp stages.
+    """
+    if schedule == "dualpipev":
+        return n_micro >= 2 * pp
+    return n_micro >= pp and (schedule != "interleaved" or n_micro % (n_micro // pp) == 0)
 
 
 def legal_degrees(recipe: Recipe, world_size: int, per_node: int, axes_on_auto: bool) -> Iterator[Degrees]:
@@ -94,7 +143,7 @@ def legal_degrees(recipe: Recipe, world_size: int, per_node: int, axes_on_auto: 
         if tp_fault(model, seq, tp, per_node):
             continue
         for cp in _options(wish.cp, [d for d in free if d == 1 or seq >= d * LEAST_CP_TOKENS]):
-            if (cp_fault(seq, cp) and cp != 1) or world_size % (tp * cp) or seq // cp % tp:
+            if cp_fault(recipe, cp, tp) or world_size % (tp * cp) or seq // cp % tp:
                 continue
             for pp in _options(wish.pp, [d for d in free if d <= model.n_layers]):
                 if world_size % (tp * cp * pp) or pp_fault(model, pp, 1):
@@ -125,25 +174,27 @@ def _options(wish: int | str, free: list[int]) -> list[int]:
     return free if isinstance(wish, str) else [wish]
 
 
-def micro_batches(recipe: Recipe, degrees: Degrees, stages_per_rank: int) -> list[int]:
-    """Legal numbers of rows in a micro-batch, ascending. A pipeline has at least one micro-batch per stage and rank."""
+def micro_batches(recipe: Recipe, degrees: Degrees, schedule: Schedule) -> list[int]:
+    """Legal numbers of rows in a micro-batch, ascending."""
     rows, pp = recipe.global_batch_rows // degrees.dp, degrees.pp
     given = recipe.train.micro_batch_rows
     most = max(1, MOST_MICRO_BATCH_TOKENS * degrees.cp // recipe.data.seq_len_tokens)
     return [
         m
         for m in divisors(rows)
-        if rows // m >= pp
-        and (stages_per_rank == 1 or rows // m % pp == 0)
-        and (m == given if given != "auto" else m <= most)
+        if (pp == 1 or schedule_takes(schedule, pp, rows // m)) and (m == given if given != "auto" else m <= most)
     ]
 
 
 def describe(layout: Layout) -> str:
     """The cut in a line: "dp_shard 16, tp 4, 2 x 1 rows, remat full"."""
     axes = [f"{axis} {getattr(layout, axis)}" for axis in Degrees._fields if getattr(layout, axis) > 1]
-    if layout.stages_per_rank > 1:
+    if layout.pipeline_schedule in V_SCHEDULES:
+        axes.append(layout.pipeline_schedule)
+    elif layout.stages_per_rank > 1:
         axes.append(f"{layout.stages_per_rank} stages a rank")
+    if layout.cp > 1:
+        axes.append(layout.cp_attention.replace("_", "-"))
     if layout.engine == "deepspeed":
         axes.append(f"deepspeed zero_stage {layout.zero_stage}")
     elif layout.reduce_each_micro_batch and layout.accumulation > 1:
@@ -151,6 +202,8 @@ def describe(layout: Layout) -> str:
     if layout.offload != "none":
         axes.append(f"offload {layout.offload}")
     axes.append(f"{layout.accumulation} x {layout.micro_batch_rows} rows")
-    if layout.remat != "none":
+    if layout.remat == "budget":
+        axes.append(f"remat within {layout.remat_budget_frac:g} of activation memory")
+    elif layout.remat != "none":
         axes.append(f"remat {layout.remat}")
     return ", ".join(axes)

@@ -16,6 +16,7 @@ from aifactory_train.machine.machine import Machine
 from aifactory_train.plan import shape
 from aifactory_train.plan.contract import Layout
 from aifactory_train.plan.shape import BYTES, FP32_BYTES
+from aifactory_train.plan.stages import V_SCHEDULES, layers_by_rank, stages_of_rank
 from aifactory_train.plan.work import OURS, Software, Work
 
 DeviceKind = Literal["cpu", "cuda", "rocm"]
@@ -64,33 +65,41 @@ def memory_per_rank_bytes(machine: Machine, ranks_per_node: int) -> int | None:
 def estimate_memory(work: Work, device_kind: DeviceKind, layout: Layout, software: Software = OURS) -> Memory:
     """Peak bytes of the worst device of a layout.
 
-    Of the inner stages the second holds most: as many layers as any, and more micro-batches than those after it.
+    Of the inner ranks of pp the second holds most: as many layers as any, and more micro-batches than those after it.
+    In a V all hold equally many micro-batches, and the last rank may have most layers.
     """
     peak_bytes, peak_at, peak_terms = -1, "", {}
     states: Terms = {}
-    for stage in sorted({0, min(1, layout.pp - 1), layout.pp - 1}):
-        rank = _Rank(work, device_kind, layout, software, stage)
+    for pp_rank in sorted({0, min(1, layout.pp - 1), layout.pp - 1}):
+        rank = _Rank(work, device_kind, layout, software, pp_rank)
         for when, terms in rank.moments():
             total_bytes = sum(terms.values())
             if total_bytes > peak_bytes:
                 peak_bytes, peak_at, peak_terms = total_bytes, when, terms
                 states = rank.saved_states()
                 if layout.pp > 1:
-                    peak_at = f"stage {stage} of {layout.pp}, {when}"
+                    peak_at = f"{rank.named}, {when}"
     host = _host_bytes(work, device_kind, layout, states, peak_bytes)
     return Memory({name: n for name, n in peak_terms.items() if n}, peak_bytes, peak_at, host)
 
 
-def micro_batches_in_flight(layout: Layout, stage: int) -> float:
-    """Micro-batches whose activations a rank of pp keeps at most, by 1F1B or interleaved 1F1B.
+def micro_batches_in_flight(layout: Layout, pp_rank: int) -> float:
+    """Micro-batches whose activations a rank of pp keeps at most; a fraction where it has several stages.
 
-    Interleaved: a rank warms up with 2 (pp - stage - 1) + (v - 1) pp of its v parts (Narayanan et al.,
-    arXiv:2104.04473, section 2.2; Korthikanti et al., arXiv:2205.05198, section 4.2.3), so it may be a fraction.
+    As the schedules of torch.distributed.pipelining order them. Interleaved: a rank warms up with 2 (pp - rank - 1)
+    + (v - 1) r of its v stages, where r micro-batches make a round (Narayanan et al., arXiv:2104.04473, section 2.2;
+    Korthikanti et al., arXiv:2205.05198, section 4.2.3). zbv: all of 2 pp stages (Qi et al., arXiv:2401.10241,
+    section 6), also after their backward pass for the input, until that for the weights; dualpipev: one more.
     """
-    pp, v = layout.pp, layout.stages_per_rank
-    if v == 1:
-        return min(pp - stage, layout.accumulation)
-    return min(2 * (pp - stage - 1) + (v - 1) * pp + 1, layout.accumulation * v) / v
+    pp, v, n_micro = layout.pp, layout.stages_per_rank, layout.accumulation
+    if layout.pipeline_schedule in V_SCHEDULES:
+        most = 2 * pp + (layout.pipeline_schedule == "dualpipev")
+    elif v == 1:
+        most = pp - pp_rank
+    else:
+        per_round = n_micro // max(1, n_micro // pp)
+        most = 2 * (pp - pp_rank - 1) + (v - 1) * per_round + 1
+    return min(most, n_micro * v) / v
 
 
 class _Activations(NamedTuple):
@@ -107,13 +116,15 @@ class _Activations(NamedTuple):
 class _Rank:
     """Counts of one rank of pp, divided by tp and cp, and the terms that follow from them."""
 
-    def __init__(self, work: Work, device_kind: DeviceKind, layout: Layout, software: Software, stage: int) -> None:
+    def __init__(self, work: Work, device_kind: DeviceKind, layout: Layout, software: Software, pp_rank: int) -> None:
         model, tp = work.model, layout.tp
         self.work, self.kind, self.layout, self.software = work, device_kind, layout, software
-        self.last = stage == layout.pp - 1
+        n_stages, stages = layout.pp * layout.stages_per_rank, stages_of_rank(layout, pp_rank)
+        self.last = stages[-1] == n_stages - 1
+        self.named = f"stage{'s' * (len(stages) > 1)} {', '.join(map(str, stages))} of {n_stages}"
         self.size = BYTES[layout.precision]
         self.reduced_size = FP32_BYTES if software.fp32_gradients else self.size
-        self.n_layers = shape.layers_by_rank(model.n_layers, layout.pp, layout.stages_per_rank)[stage]
+        self.n_layers = layers_by_rank(model, layout, software.stages_count_head)[pp_rank]
         self.n_matrices = shape.n_block_matrix_parameters(model, tp)
         self.n_block = shape.n_block_parameters(model, tp)
         self.n_down = model.hidden_size * -(-model.ffn_size // tp)
@@ -121,15 +132,16 @@ class _Rank:
         if layout.pp == 1:
             self.n_root = shape.n_root_parameters(model, tp)
         else:  # a tied table stands on both ends
-            self.n_root = (stage == 0) * self.n_table + self.last * (self.n_table + model.hidden_size)
+            self.n_root = (stages[0] == 0) * self.n_table + self.last * (self.n_table + model.hidden_size)
         self.n = self.n_layers * self.n_block + self.n_root
         self.tokens = -(-layout.micro_batch_rows * work.seq_len_tokens // layout.cp)
-        self.in_flight = micro_batches_in_flight(layout, stage)
+        self.in_flight = micro_batches_in_flight(layout, pp_rank)
 
     def moments(self) -> Iterator[tuple[str, Terms]]:
         """Every moment that may be the peak, with all its terms."""
         fixed = self._fixed()
-        for when, moving in self._fsdp_moments() if self.layout.engine == "fsdp2" else self._zero_moments():
+        whole = self._fsdp_moments if self.layout.pp == 1 else self._pipelined_moments
+        for when, moving in whole() if self.layout.engine == "fsdp2" else self._zero_moments():
             lost = FRAGMENTATION_FRAC[self.kind] * sum(moving.values())
             yield when, {**fixed, **moving, "fragmentation": int(lost)}
 
@@ -184,6 +196,8 @@ class _Rank:
             tp=layout.tp,
             sequence_parallel=software.sequence_parallel,
             fp8_inputs=software.fp8_inputs,
+            budget_frac=1.0 if layout.remat_budget_frac is None else layout.remat_budget_frac,
+            gathered_kv=layout.cp if layout.cp_attention == "all_gather" else 1,
         )
         seq, tokens = self.work.seq_len_tokens, self.tokens
         block = tokens * shape.block_activation_bytes_per_token(model, seq, how)
@@ -267,6 +281,45 @@ class _Rank:
             },
         )
         yield "in the optimizer step", {"gradients": shards}
+
+    def _pipelined_moments(self) -> Iterator[tuple[str, Terms]]:
+        """FSDP under torch's pipelines, which free a stage's weights after a forward pass and never after a backward
+        pass, and add gradients up unsharded until the end of the step.
+
+        So of the stage at work weights are there block by block until its backward pass is done, of others all.
+        """
+        kept, layout = self._activations(), self.layout
+        block, n_blocks = self.n_block * self.size, (self.n - self.n_root) * self.size
+        everything = self.n_root * self.size + n_blocks
+        freed = n_blocks // layout.stages_per_rank if layout.reshard_after_forward else 0
+        waiting = self.n * self.reduced_size
+        yield (
+            "in the loss",
+            {
+                "gathered_parameters": min(everything, everything - freed + block),
+                "unsharded_gradients": waiting,
+                "activations": kept.blocks + kept.head,
+                "logits_and_loss": self._loss_bytes(),
+            },
+        )
+        n_before = -(-self.n_layers // layout.stages_per_rank) - 1
+        for n_done, name in ((0, "last"), (n_before, "first")):
+            there = everything if n_done else min(everything, everything - freed + 2 * block)
+            yield (
+                f"in the backward pass of the {name} block",
+                {
+                    "gathered_parameters": there,
+                    "unsharded_gradients": waiting + block,
+                    "activations": max(kept.block, kept.blocks - n_done * kept.block),
+                    "recomputed_block": kept.again,
+                    "activation_gradients": kept.flowing,
+                },
+            )
+        shards = {"gradients": self._shard(self.n) * FP32_BYTES}
+        largest = max(self.n_block, self.n_root) * self.reduced_size
+        reduction = {"gathered_parameters": everything, "unsharded_gradients": waiting, "reduce_buffers": largest}
+        yield "in the reduction of the gradients", reduction
+        yield "in the optimizer step", shards
 
     def _zero_moments(self) -> Iterator[tuple[str, Terms]]:
         """ZeRO as DeepSpeed and Megatron's distributed optimizer have it."""

@@ -13,11 +13,8 @@ from aifactory_train.recipe.schema import Recipe
 
 # So many sizes are tried below and above the one that was asked for.
 MOST_TRIES = 12
-# What the training core runs; a search within it is a hundredth of the whole one.
-_TRAINED: dict[str, Any] = {
-    **{"pp": 1, "dp_replicate": 1, "cp": 1, "tp": 1, "stages_per_rank": 1},
-    **{"engine": "fsdp2", "zero_stage": 3, "offload": "none"},
-}
+# What the training core runs.
+_TRAINED: dict[str, Any] = {"engine": "fsdp2", "zero_stage": 3, "offload": "none"}
 
 
 def search_trained(recipe: Recipe, machine: Machine, n_nodes: int, cpu_ranks: int) -> Ranking:

@@ -18,7 +18,7 @@ from aifactory_train.plan.calibrate import correct_step_time
 from aifactory_train.plan.contract import Layout, Part, Prediction, Shape
 from aifactory_train.plan.layout import describe, n_devices
 from aifactory_train.plan.network import axis_links
-from aifactory_train.plan.rates import device_rates
+from aifactory_train.plan.rates import device_rates, rate_key
 from aifactory_train.plan.refuse import check_wishes, nothing_left
 from aifactory_train.plan.search import Candidate, Ranking, search
 from aifactory_train.plan.shape import build_shape
@@ -125,7 +125,7 @@ def make_ranked_plan(recipe: Recipe, machine: Machine, n_nodes: int = 1, cpu_ran
 
 def peak_flops_per_s(plan: Plan) -> float | None:
     """Peak of all devices of the plan together in its precision: what MFU is a share of. None if not known."""
-    peak = getattr(plan.machine.device.peak_flops_per_s, plan.layout.precision)
+    peak = getattr(plan.machine.device.peak_flops_per_s, rate_key(plan.layout.precision))
     return None if peak is None else peak * n_devices(plan.machine, plan.layout)
 
 
@@ -142,7 +142,7 @@ def _predict(recipe: Recipe, machine: Machine, chosen: Candidate, shape: Shape, 
     if total_s is not None:
         tokens_per_s = recipe.train.global_batch_tokens / total_s
         run_time_s = recipe.n_steps * total_s
-        peak = getattr(machine.device.peak_flops_per_s, layout.precision)
+        peak = getattr(machine.device.peak_flops_per_s, rate_key(layout.precision))
         if peak is not None:
             mfu_frac = tokens_per_s * shape.model_flops_per_token / (peak * n_devices(machine, layout))
     return Prediction(

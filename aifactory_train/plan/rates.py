@@ -10,7 +10,8 @@ from typing import Literal
 from aifactory_train.machine.machine import Machine
 from aifactory_train.units import format_bytes_per_s, format_flops_per_s
 
-Precision = Literal["fp32", "bf16", "fp8"]
+Precision = Literal["fp32", "bf16", "fp8", "fp8_rowwise"]
+RateKey = Literal["fp32", "bf16", "fp8"]
 RateSource = Literal["measured", "published", "assumed", "unknown"]
 
 
@@ -79,24 +80,30 @@ def family_rates(device_name: str) -> Family | None:
     return None
 
 
+def rate_key(precision: Precision) -> RateKey:
+    """Under which name machine files have the rates of a precision: vendors publish one for fp8, however scaled."""
+    return "fp8" if precision == "fp8_rowwise" else precision
+
+
 def device_rates(machine: Machine, precision: Precision) -> Rates:
     """Matrix and memory rates of one device in `precision`: measured, else published, else of its family.
 
     On a CPU a rate is of all its cores together, and a family is never assumed.
     """
+    key = rate_key(precision)
     device, measured = machine.device, machine.measured
     family = None if device.kind == "cpu" else family_rates(device.name)
     flops, matmul_source = _first(
-        getattr(measured.matmul_flops_per_s, precision),
-        getattr(device.peak_flops_per_s, precision),
-        None if family is None else getattr(family, f"{precision}_flops_per_s"),
+        getattr(measured.matmul_flops_per_s, key),
+        getattr(device.peak_flops_per_s, key),
+        None if family is None else getattr(family, f"{key}_flops_per_s"),
     )
     memory, memory_source = _first(
         measured.memory_bytes_per_s, device.memory_bytes_per_s, None if family is None else family.memory_bytes_per_s
     )
     assumed = []
     if matmul_source == "assumed" and family is not None:
-        assumed.append(_note(f"{precision} peak", device.name, format_flops_per_s(flops), family))
+        assumed.append(_note(f"{key} peak", device.name, format_flops_per_s(flops), family))
     if memory_source == "assumed" and family is not None:
         assumed.append(_note("memory rate", device.name, format_bytes_per_s(memory), family))
     return Rates(flops, memory, tuple(assumed), matmul_source, memory_source)

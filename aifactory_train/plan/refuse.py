@@ -8,16 +8,27 @@ from collections.abc import Iterable
 from aifactory_train.errors import PlanError
 from aifactory_train.machine.machine import Machine
 from aifactory_train.plan.contract import Layout
-from aifactory_train.plan.layout import Degrees, cp_fault, describe, divisors, pp_fault, ranks_per_node, tp_fault
+from aifactory_train.plan.layout import (
+    Degrees,
+    cp_fault,
+    describe,
+    divisors,
+    pp_fault,
+    ranks_per_node,
+    schedules,
+    tp_fault,
+)
 from aifactory_train.plan.memory import FIT_FRAC
 from aifactory_train.plan.nearest import drop_wishes, given_keys, nearest_sizes, search_trained, what_works, with_layout
-from aifactory_train.plan.rates import device_rates
+from aifactory_train.plan.rates import Precision, device_rates, rate_key
 from aifactory_train.plan.search import HOST_IS_SHORT, Ranking, choose_precision, search
+from aifactory_train.plan.stages import V_SCHEDULES
 from aifactory_train.plan.support import why_not_trainable
 from aifactory_train.recipe.schema import Recipe
 from aifactory_train.units import format_bytes, format_fraction
 
 MOST_NODES_TO_TRY = 16_384
+Fault = tuple[bool, str, str]  # whether it is one, what, do
 
 
 def check_wishes(recipe: Recipe, machine: Machine, n_nodes: int, cpu_ranks: int) -> None:
@@ -36,11 +47,12 @@ def check_wishes(recipe: Recipe, machine: Machine, n_nodes: int, cpu_ranks: int)
 def _check_axes(recipe: Recipe, machine: Machine, n_nodes: int, cpu_ranks: int) -> None:
     wish, model, seq = recipe.layout, recipe.model, recipe.data.seq_len_tokens
     per_node = ranks_per_node(machine, cpu_ranks)
-    stages = 1 if wish.stages_per_rank == "auto" else wish.stages_per_rank
+    stages = min(stages for _, stages in schedules(recipe))
+    heads_on = 1 if wish.tp == "auto" else wish.tp
     checks = {
         "tp": (wish.tp, lambda tp: tp_fault(model, seq, tp, per_node)),
-        "cp": (wish.cp, lambda cp: cp_fault(seq, cp) if cp > 1 else None),
-        "pp": (wish.pp, lambda pp: pp_fault(model, pp, stages)),
+        "cp": (wish.cp, lambda cp: cp_fault(recipe, cp, heads_on)),
+        "pp": (wish.pp, lambda pp: pp_fault(model, pp, stages) if pp > 1 else None),
     }
     for axis, (given, fault) in checks.items():
         if given == "auto" or fault(given) is None:
@@ -132,7 +144,7 @@ def replicas_allowed(recipe: Recipe, machine: Machine, world_size: int) -> list[
 
 
 def check_kind(recipe: Recipe, machine: Machine) -> None:
-    """Refuse engine, ZeRO stage, offload, precision and pipeline stages that contradict each other.
+    """Refuse engine, ZeRO stage, offload, precision, pipeline schedule and remat that contradict each other.
 
     Raises:
         PlanError: with what to set instead. It holds for any number of nodes.
@@ -140,12 +152,9 @@ def check_kind(recipe: Recipe, machine: Machine) -> None:
     wish, precision = recipe.layout, choose_precision(recipe, machine)
     axes = [axis for axis in ("pp", "dp_replicate", "cp", "tp") if getattr(wish, axis) not in ("auto", 1)]
     stage = wish.zero_stage
-    faults = [
-        (
-            precision == "fp8" and device_rates(machine, "fp8").peak_flops_per_s is None,
-            f"train.precision fp8: {machine.device.name} has no fp8 units that its machine file knows",
-            "--set train.precision=auto, or give the machine file its device.peak_flops_per_s.fp8",
-        ),
+    faults: list[Fault] = [
+        *_fp8_faults(machine, precision),
+        *_schedule_faults(recipe, machine),
         (
             wish.engine == "fsdp2" and stage in (1, 2),
             f"layout.zero_stage {stage} is deepspeed's; engine fsdp2 splits parameters too, which is stage 3",
@@ -166,15 +175,45 @@ def check_kind(recipe: Recipe, machine: Machine) -> None:
             f"optim.name {recipe.optim.name} with deepspeed, which has adamw",
             "--set optim.name=adamw, or --set layout.engine=fsdp2",
         ),
-        (
-            wish.stages_per_rank not in ("auto", 1) and wish.pp == 1,
-            f"layout.stages_per_rank {wish.stages_per_rank} with pp 1: there is no pipeline to interleave",
-            "--set layout.pp=auto, or --set layout.stages_per_rank=1",
-        ),
     ]
     for is_fault, what, do in faults:
         if is_fault:
             raise PlanError(what, where=f"recipe {recipe.name} on machine {machine.name}", do=do)
+
+
+def _fp8_faults(machine: Machine, precision: Precision) -> list[Fault]:
+    unknown = device_rates(machine, "fp8").peak_flops_per_s is None
+    what = f"train.precision {precision}: {machine.device.name} has no fp8 units that its machine file knows"
+    least = "9.0" if precision == "fp8_rowwise" else "8.9"
+    needs = f"; fp8 matrix products need a GPU of compute capability {least} or an MI300"
+    do = "--set train.precision=auto"
+    if machine.device.kind != "cpu":
+        do += ", or give the machine file its device.peak_flops_per_s.fp8"
+    return [(rate_key(precision) == "fp8" and unknown, what + needs, do)]
+
+
+def _schedule_faults(recipe: Recipe, machine: Machine) -> list[Fault]:
+    """zbv and dualpipev compute the gradients of weights after those of inputs, in two passes over autograd's graph."""
+    wish, schedule = recipe.layout, recipe.layout.pipeline_schedule
+    splits, alone = schedule in V_SCHEDULES, wish.pp == 1 or (wish.pp == "auto" and machine.device.kind == "cpu")
+    named, do = f"layout.pipeline_schedule {schedule}", "or --set layout.pipeline_schedule=auto"
+    return [
+        (
+            schedule not in ("auto", "1f1b") and alone,
+            f"{named} with pp 1: there is no pipeline",
+            f"--set layout.pp=2, {do}",
+        ),
+        (
+            splits and recipe.train.compile is True,
+            f"{named} splits the backward pass of a block, and train.compile true makes it one piece, to be run twice",
+            f"--set train.compile=false, {do}",
+        ),
+        (
+            splits and wish.remat not in ("auto", "none"),
+            f"{named} with remat {wish.remat}: its split backward pass would compute a block again for each weight",
+            f"--set layout.remat=none, {do}",
+        ),
+    ]
 
 
 def nothing_left(recipe: Recipe, machine: Machine, n_nodes: int, cpu_ranks: int, ranking: Ranking) -> PlanError:
@@ -278,7 +317,7 @@ def refuse_launch(recipe: Recipe, machine: Machine, layout: Layout, cpu_ranks: i
         PlanError: with the reason why the plan is of such a layout, and what to set instead.
     """
     n_nodes = layout.n_nodes
-    sentence = why_not_trainable(layout, [key.removeprefix("layout.") for key in given_keys(recipe)])
+    sentence = why_not_trainable(layout)
     if sentence is None:
         return
     where = f"recipe {recipe.name} on machine {machine.name} with {layout.world_size} ranks"
@@ -286,15 +325,12 @@ def refuse_launch(recipe: Recipe, machine: Machine, layout: Layout, cpu_ranks: i
     if dropped is not None:
         raise PlanError(sentence, where=where, do=dropped)
     ranking = search_trained(recipe, machine, n_nodes, cpu_ranks)
-    if recipe.global_batch_rows % layout.world_size:
-        cause = f"\n  dp_shard {layout.world_size} does not divide the {recipe.global_batch_rows} rows of a batch"
-    elif ranking.least is not None and ranking.least[0].dp_shard == layout.world_size:
-        need, there = ranking.least[1].peak_bytes, ranking.limit_bytes
+    cause = ""
+    if ranking.least is not None:
+        closest, memory = ranking.least
         cause = (
-            f"\n  dp_shard {layout.world_size} does not fit: {format_bytes(need)} per rank, where "
-            f"{format_fraction(FIT_FRAC)} of {format_bytes(there)} may be planned"
+            f"\n  of what it trains, the closest ({describe(closest)}) does not fit: {format_bytes(memory.peak_bytes)} "
+            f"per rank, where {format_fraction(FIT_FRAC)} of {format_bytes(ranking.limit_bytes)} may be planned"
         )
-    else:
-        cause = ""
     do = what_works(recipe, machine, n_nodes, cpu_ranks, to_train=True)
     raise PlanError(sentence + cause, where=where, do=do or "take a smaller model or a shorter data.seq_len_tokens")

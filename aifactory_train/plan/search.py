@@ -12,16 +12,25 @@ from typing import Any, Literal
 from aifactory_train.machine.machine import Machine
 from aifactory_train.plan.calibrate import correct_step_time
 from aifactory_train.plan.contract import Layout
-from aifactory_train.plan.layout import Degrees, legal_degrees, micro_batches, ranks_per_node
+from aifactory_train.plan.layout import (
+    Degrees,
+    cp_attention,
+    legal_degrees,
+    micro_batches,
+    pp_fault,
+    ranks_per_node,
+    schedules,
+)
 from aifactory_train.plan.memory import FIT_FRAC, Memory, estimate_memory, memory_per_rank_bytes
 from aifactory_train.plan.placement import place
-from aifactory_train.plan.rates import Precision, device_rates
+from aifactory_train.plan.rates import Precision, device_rates, rate_key
+from aifactory_train.plan.stages import V_SCHEDULES
 from aifactory_train.plan.steptime import estimate_step_time_s, total_step_time_s
 from aifactory_train.plan.support import why_not_trainable
 from aifactory_train.plan.work import Work, work_of
 from aifactory_train.recipe.schema import Recipe
 
-Remat = Literal["none", "selective", "full"]
+Remat = Literal["none", "selective", "full", "budget"]
 
 # Where the memory is unknown: enough tokens to fill the matmuls, few enough for any device.
 SAFE_MICRO_BATCH_TOKENS = 2048
@@ -126,7 +135,7 @@ def _complexity(layout: Layout) -> tuple[Any, ...]:
         layout.engine != "fsdp2",
         layout.offload != "none",
         layout.stages_per_rank,
-        ("none", "selective", "full").index(layout.remat),
+        ("none", "selective", "full", "budget").index(layout.remat),
         layout.pp * layout.tp * layout.cp,
         layout.dp_replicate,
         -layout.zero_stage,
@@ -183,9 +192,8 @@ class _Search:
         self.order_only = self.rated is not self.machine
         self.measured_ratio = correct_step_time(self.machine, self.precision, 1.0).expected_s
         self.on_cpu = self.machine.device.kind == "cpu"
-        compile_wish = self.recipe.train.compile
-        # On a CPU it needs a C++ compiler, which not every machine has.
-        self.compile = not self.on_cpu if compile_wish == "auto" else compile_wish
+        remat = self.recipe.layout.remat
+        self.budget_frac = remat if isinstance(remat, float) else None
 
     def run(self, offload: Literal["none", "optimizer"]) -> list[Candidate]:
         found: list[Candidate] = []
@@ -196,30 +204,41 @@ class _Search:
                 found += [self._timed(layout, memory) for layout, memory in self._fitting(base, micros)]
         return found
 
+    def _compiles(self, schedule: str) -> bool:
+        wish = self.recipe.train.compile
+        if wish != "auto":
+            return wish
+        if schedule in V_SCHEDULES:  # refuse.check_kind says why
+            return False
+        # On a CPU it needs a C++ compiler, which not every machine has.
+        return not self.on_cpu or self.budget_frac is not None
+
     def _bases(self, degrees: Degrees, offload: str) -> Iterator[tuple[dict[str, Any], list[int]]]:
         """The fields of a layout without micro-batch and remat, and the micro-batches that are legal with them."""
-        wish, layers = self.recipe.layout, self.recipe.model.n_layers
         ranks = self.per_node * self.n_nodes
         common = degrees._asdict() | {
             "world_size": ranks,
             "n_nodes": self.n_nodes,
-            "compile": self.compile,
+            "cp_attention": cp_attention(self.recipe, degrees),
+            "remat_budget_frac": self.budget_frac,
             "precision": self.precision,
             "offload": offload,
             "threads_per_rank": max(1, self.machine.host.cores // self.per_node),
             "device_order": self._device_order(degrees),
         }
-        for stages in (1, 2, 4) if wish.stages_per_rank == "auto" else (wish.stages_per_rank,):
-            if (stages > 1 and degrees.pp == 1) or degrees.pp * stages > layers:
+        for schedule, stages in schedules(self.recipe):
+            if (stages > 1 and degrees.pp == 1) or pp_fault(self.recipe.model, degrees.pp, stages):
                 continue
-            micros = micro_batches(self.recipe, degrees, stages)
+            micros = micro_batches(self.recipe, degrees, schedule)
             if not micros:
                 self.dropped["too few micro-batches for the pipeline"] += 1
                 continue
             for engine, zero_stage, reshard in self._engines(degrees, offload):
                 kind = {"engine": engine, "zero_stage": zero_stage, "reshard_after_forward": reshard}
-                each = wish.reduce_each_micro_batch is True or (engine == "deepspeed" and zero_stage > 1)
-                yield common | kind | {"stages_per_rank": stages, "reduce_each_micro_batch": each}, micros
+                # DeepSpeed holds its share of the gradients alone from stage 2 on, so they have nowhere to wait.
+                kind["reduce_each_micro_batch"] = engine == "deepspeed" and zero_stage > 1
+                kind |= {"pipeline_schedule": schedule, "stages_per_rank": stages, "compile": self._compiles(schedule)}
+                yield common | kind, micros
 
     def _device_order(self, degrees: Degrees) -> list[int]:
         """The innermost axis decides it, so that it is looked for once per degree of that."""
@@ -239,15 +258,13 @@ class _Search:
             reshards = (True, False) if degrees.dp_shard * degrees.cp > 1 else (False,)
             for reshard in reshards if wish.reshard_after_forward == "auto" else (wish.reshard_after_forward,):
                 yield "fsdp2", 3, reshard
-        if wish.engine == "fsdp2" or not degrees.is_dp_shard_alone or self.precision == "fp8":
+        if wish.engine == "fsdp2" or not degrees.is_dp_shard_alone or rate_key(self.precision) == "fp8":
             return
         named = wish.engine == "deepspeed" or offload == "optimizer"
         if self.work.optimizer != "adamw" or (self.on_cpu and not named and wish.zero_stage == "auto"):
             return
         for zero_stage in (1, 2, 3) if named else (1, 2):
-            # From stage 2 on it holds its share of the gradients alone, so they have nowhere to wait.
-            asked = wish.zero_stage, wish.reshard_after_forward, wish.reduce_each_micro_batch
-            given = zero_stage, zero_stage == 3, zero_stage > 1
+            asked, given = (wish.zero_stage, wish.reshard_after_forward), (zero_stage, zero_stage == 3)
             if all(a in ("auto", g) for a, g in zip(asked, given, strict=True)):
                 yield "deepspeed", zero_stage, zero_stage == 3
 
@@ -256,8 +273,7 @@ class _Search:
 
         Gradients that may be reduced in each micro-batch are, where that makes room for larger ones.
         """
-        wish = self.recipe.layout.remat
-        remats: list[Remat] = ["none", "selective", "full"] if wish == "auto" else [wish]
+        remats = self._remats(base["pipeline_schedule"])
         if self.limit_bytes is None:
             yield self._unlimited(base | {"remat": remats[0]}, micros)
             return
@@ -283,13 +299,18 @@ class _Search:
                 roomy_rows = next((at.micro_batch_rows for at, memory in fitting if not self._is_tight(memory)), 0)
                 larger = [m for m in micros if roomy_rows < m < self._replica_rows(base)]
                 yield from itertools.islice(self._largest_first(base | _EACH | {"remat": remat}, larger), 2)
-            # Selective is no reason to stop: what this version can train comes after it.
-            if fitting and remat == "none" and self._is_full(fitting[0][0], micros[-1]):
+            if fitting and self._is_full(fitting[0][0], micros[-1]):
                 return
 
+    def _remats(self, schedule: str) -> list[Remat]:
+        wish = self.recipe.layout.remat
+        if wish == "auto":
+            return ["none"] if schedule in V_SCHEDULES else ["none", "selective", "full"]
+        return ["budget"] if isinstance(wish, float) else [wish]
+
     def _may_reduce_each(self, base: dict[str, Any]) -> bool:
-        wish, n_shards = self.recipe.layout.reduce_each_micro_batch, base["dp_shard"] * base["cp"]
-        return wish == "auto" and base["engine"] == "fsdp2" and n_shards > 1
+        """torch's pipelines reduce once per step (stage.backward_maybe_with_nosync)."""
+        return base["engine"] == "fsdp2" and base["pp"] == 1 and base["dp_shard"] * base["cp"] > 1
 
     def _is_full(self, layout: Layout, most: int) -> bool:
         tokens = layout.micro_batch_rows * self.work.seq_len_tokens // layout.cp
@@ -352,6 +373,6 @@ def _with_rates(machine: Machine, precision: Precision) -> Machine:
     if rates.peak_flops_per_s is not None and rates.memory_bytes_per_s is not None:
         return machine
     flops_per_s, bytes_per_s = _ORDER_ONLY[device.kind]
-    peak = device.peak_flops_per_s.model_copy(update={precision: rates.peak_flops_per_s or flops_per_s})
+    peak = device.peak_flops_per_s.model_copy(update={rate_key(precision): rates.peak_flops_per_s or flops_per_s})
     rated = {"peak_flops_per_s": peak, "memory_bytes_per_s": rates.memory_bytes_per_s or bytes_per_s}
     return machine.model_copy(update={"device": device.model_copy(update=rated)})

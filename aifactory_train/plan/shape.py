@@ -13,10 +13,10 @@ from typing import Literal, NamedTuple
 from aifactory_train.plan.contract import Shape
 from aifactory_train.recipe.schema import Model
 
-Remat = Literal["none", "selective", "full"]
+Remat = Literal["none", "selective", "full", "budget"]
 
 # Outside the matrix products fp8 training holds everything in bf16.
-BYTES = {"fp32": 4, "bf16": 2, "fp8": 2}
+BYTES = {"fp32": 4, "bf16": 2, "fp8": 2, "fp8_rowwise": 2}
 FP32_BYTES = 4
 # Tokens per chunk of the loss (models/loss.py), so that the logits of a whole micro-batch are never held.
 LOSS_CHUNK_TOKENS = 1024
@@ -117,7 +117,7 @@ def model_flops_per_token(model: Model, seq_len_tokens: int) -> float:
     return float(6 * n_matmul_parameters(model) + attention)
 
 
-def recomputed_flops_per_token(model: Model, seq_len_tokens: int, remat: str) -> float:
+def recomputed_flops_per_token(model: Model, seq_len_tokens: int, remat: Literal["none", "selective", "full"]) -> float:
     """FLOPs of matrix products and attention that remat adds per token. Not part of the model's FLOPs.
 
     "full" is one more forward of all blocks but for down: torch's checkpoint stops as soon as the backward pass has
@@ -132,7 +132,7 @@ def recomputed_flops_per_token(model: Model, seq_len_tokens: int, remat: str) ->
     return float(model.n_layers * (2 * again + attention_flops_per_token(model, seq_len_tokens)))
 
 
-def hardware_flops_per_token(model: Model, seq_len_tokens: int, remat: str) -> float:
+def hardware_flops_per_token(model: Model, seq_len_tokens: int, remat: Literal["none", "selective", "full"]) -> float:
     """What the device computes per token: the model's FLOPs and what remat adds."""
     return model_flops_per_token(model, seq_len_tokens) + recomputed_flops_per_token(model, seq_len_tokens, remat)
 
@@ -146,16 +146,6 @@ def build_shape(model: Model, seq_len_tokens: int) -> Shape:
     )
 
 
-@lru_cache(maxsize=256)
-def layers_by_rank(n_layers: int, pp: int, stages_per_rank: int) -> tuple[int, ...]:
-    """Layers of each rank of pp. What does not divide goes to the inner stages: the ends hold embedding and head."""
-    n_stages = pp * stages_per_rank
-    least, more = divmod(n_layers, n_stages)
-    from_inside = sorted(range(n_stages), key=lambda stage: (stage in (0, n_stages - 1), stage))
-    larger = set(from_inside[:more])
-    return tuple(sum(least + (stage in larger) for stage in range(rank, n_stages, pp)) for rank in range(pp))
-
-
 @dataclass(frozen=True)
 class Kept:
     """What decides the bytes of a kept activation, beside the shapes.
@@ -164,9 +154,11 @@ class Kept:
         own kernels, one for each norm; "separate": RMSNorm too is written in Python, as before torch 2.8.
     sequence_parallel: between the blocks activations are split over tp.
     fp8_inputs: in fp8 the inputs of matrix products are kept in fp8 alone.
+    budget_frac: with remat "budget", what the compiler may keep of what "none" keeps.
+    gathered_kv: keys and values of so many ranks of cp are kept on each.
     """
 
-    precision: Literal["fp32", "bf16", "fp8"]
+    precision: Literal["fp32", "bf16", "fp8", "fp8_rowwise"]
     device_kind: Literal["cpu", "cuda", "rocm"]
     document_mask: bool
     remat: Remat = "none"
@@ -175,13 +167,16 @@ class Kept:
     tp: int = 1
     sequence_parallel: bool = True
     fp8_inputs: bool = False
+    budget_frac: float = 1.0
+    gathered_kv: int = 1
 
 
 def block_kept_bytes_per_token(model: Model, seq_len_tokens: int, how: Kept) -> dict[str, int]:
     """Bytes per token that one block keeps from forward to backward on one rank of tp, by operator.
 
     "full" keeps the input of the block. "selective" keeps also what attention and every second matrix product made
-    (q, v, gate and down of q, k, v, o, gate, up, down); the rest is computed again. Without flash attention the
+    (q, v, gate and down of q, k, v, o, gate, up, down); the rest is computed again. "budget" keeps its share of what
+    "none" keeps (torch's partitioner: activation_memory_budget). Without flash attention the
     scores of T tokens are kept per head (Korthikanti et al., arXiv:2205.05198, section 4.1): 2 bytes each of the
     softmax and of what dropout left of it, and 1 of the dropout mask.
     """
@@ -203,6 +198,9 @@ def _block_table(at: Dims, seq_len_tokens: int, how: Kept) -> dict[str, int]:
     stream = -(-at.d * size // (how.tp if how.sequence_parallel else 1))
     if how.remat == "full":
         return {"block input": stream}
+    if how.remat == "budget":
+        whole = sum(_block_table(at, seq_len_tokens, replace(how, remat="none")).values())
+        return {"block input": stream, "within the budget": max(0, int(how.budget_frac * whole) - stream)}
     if how.remat == "selective":
         return {
             "block input": stream,
@@ -230,7 +228,7 @@ def _block_table(at: Dims, seq_len_tokens: int, how: Kept) -> dict[str, int]:
         kept["inputs of the norms"] = 2 * stream // size * 2 * FP32_BYTES
         if at.qk_norm:
             kept["q and k before their norms"] = (at.q + at.kv) * 2 * FP32_BYTES
-    if how.fp8_inputs and how.precision == "fp8":
+    if how.fp8_inputs and how.precision in ("fp8", "fp8_rowwise"):
         kept |= {
             "input of q, k, v": stream // size,
             "input of gate, up": stream // size,
@@ -301,7 +299,7 @@ def _attention_table(at: Dims, seq_len_tokens: int, how: Kept) -> dict[str, int]
     kernel = cpu and not chunked
     kept = {
         "q after RoPE": at.q * size,
-        "k after RoPE, and v": 2 * (at.q if kernel else at.kv) * size,
+        "k after RoPE, and v": how.gathered_kv * 2 * (at.q if kernel else at.kv) * size,
         "attention output": at.q * size * (2 if kernel else 1),
     }
     if chunked:

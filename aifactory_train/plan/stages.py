@@ -48,6 +48,14 @@ def _layers_by_stage(n_layers: int, n_stages: int, head: float) -> tuple[range, 
     return tuple(range(start, end) for start, end in pairwise(accumulate(counts, initial=0)))
 
 
+def layers_by_rank(model: Model, layout: Layout, counts_head: bool = True) -> tuple[int, ...]:
+    """Number of layers of each rank of pp, over all its stages."""
+    if layout.pp == 1:
+        return (model.n_layers,)
+    layers = layers_by_stage(model, layout.pp * layout.stages_per_rank, counts_head)
+    return tuple(sum(len(layers[stage]) for stage in stages_of_rank(layout, rank)) for rank in range(layout.pp))
+
+
 def stages_of_rank(layout: Layout, pp_rank: int) -> tuple[int, ...]:
     """Stages of one rank of pp, ascending. In a V the second half of the stages comes back over the ranks."""
     if layout.pipeline_schedule in V_SCHEDULES:

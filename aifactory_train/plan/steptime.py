@@ -15,6 +15,7 @@ from aifactory_train.plan.blocktime import Forward, Pace, block_forward, device_
 from aifactory_train.plan.constants import CONSTANTS, Constants
 from aifactory_train.plan.contract import Layout
 from aifactory_train.plan.network import PCIE_BYTES_PER_S, AxisLink, axis_links, collective_s
+from aifactory_train.plan.stages import V_SCHEDULES, layers_by_rank
 from aifactory_train.plan.work import OURS, Software, Work
 
 # Per weight of the rank's share: gradient, fp32 weight and two moments read, weight and moments written, the working
@@ -33,7 +34,10 @@ BACKWARD_SCORES, BACKWARD_FLASH, BACKWARD_ELEMENTWISE = 2.0, 2.5, 2.0
 
 @dataclass(frozen=True)
 class _Compute:
-    """Seconds of one micro-batch on the slowest rank of pp, which has `n_blocks`, and the mean over ranks."""
+    """Seconds of one micro-batch on the slowest rank of pp, which has `n_blocks`, and the mean over ranks.
+
+    weights_frac: of a block, the gradients of its weights, for which no other rank waits.
+    """
 
     n_blocks: int
     matmul_s: float
@@ -43,6 +47,7 @@ class _Compute:
     head_s: float
     recomputed_s: float
     mean_over_slowest: float
+    weights_frac: float
 
     @property
     def total_s(self) -> float:
@@ -67,8 +72,7 @@ def estimate_step_time_s(
     cp_s = _context_parallel_s(work, layout, links["cp"], compute, constants)
     transfer_s = _pipeline_transfer_s(work, layout, links["pp"])
     micro_s = compute.total_s + tp_s + cp_s + transfer_s
-    # While the first micro-batch fills the pipeline and the last drains it, the slowest rank waits for all others once.
-    fill = (layout.pp * compute.mean_over_slowest - 1) / layout.stages_per_rank
+    fill = _fill(layout, compute)
     data_parallel_s = _data_parallel_s(work, layout, software, links, micro_s, constants)
     terms = {
         "matmul": n_micro * compute.matmul_s,
@@ -105,7 +109,7 @@ def _compute(work: Work, layout: Layout, software: Software, pace: Pace) -> _Com
     block = block_forward(work, layout, software, pace)
     head = head_forward(work, layout, software, pace)
     back_attention = BACKWARD_FLASH if software.flash_attention else BACKWARD_SCORES
-    recomputed_s = _recomputed_s(block, layout.remat, software)
+    recomputed_s = _recomputed_s(block, layout, software)
     block_s = (
         block.gemm_s
         + block.backward_gemm_s
@@ -114,10 +118,12 @@ def _compute(work: Work, layout: Layout, software: Software, pace: Pace) -> _Com
         + recomputed_s
     )
     head_s = head.total_s + head.backward_gemm_s + BACKWARD_ELEMENTWISE * (head.elementwise_s + head.gaps_s)
-    by_rank = shape.layers_by_rank(work.model.n_layers, layout.pp, layout.stages_per_rank)
-    last_is_slowest = by_rank[-1] * block_s + head_s >= max(by_rank) * block_s
-    n_blocks = by_rank[-1] if last_is_slowest else max(by_rank)
-    slowest_s = n_blocks * block_s + (head_s if last_is_slowest else 0.0)
+    by_rank = layers_by_rank(work.model, layout, software.stages_count_head)
+    # In a V the last stage is on the first rank.
+    beside_head = by_rank[0 if layout.pipeline_schedule in V_SCHEDULES else -1]
+    head_is_slowest = beside_head * block_s + head_s >= max(by_rank) * block_s
+    n_blocks = beside_head if head_is_slowest else max(by_rank)
+    slowest_s = n_blocks * block_s + (head_s if head_is_slowest else 0.0)
     mean_s = (work.model.n_layers * block_s + head_s) / layout.pp
     return _Compute(
         n_blocks=n_blocks,
@@ -125,16 +131,34 @@ def _compute(work: Work, layout: Layout, software: Software, pace: Pace) -> _Com
         attention_s=n_blocks * (1 + back_attention) * block.attention_s,
         elementwise_s=n_blocks * (1 + BACKWARD_ELEMENTWISE) * block.elementwise_s,
         gaps_s=n_blocks * (1 + BACKWARD_ELEMENTWISE) * block.gaps_s,
-        head_s=head_s if last_is_slowest else 0.0,
+        head_s=head_s if head_is_slowest else 0.0,
         recomputed_s=n_blocks * recomputed_s,
         mean_over_slowest=min(1.0, mean_s / slowest_s),
+        weights_frac=block.backward_gemm_s / 2 / block_s,
     )
 
 
-def _recomputed_s(block: Forward, remat: str, software: Software) -> float:
-    if remat == "full":
+def _fill(layout: Layout, compute: _Compute) -> float:
+    """Micro-batches' worth of time that the slowest rank waits while the first fills and the last drains the pipeline.
+
+    In a V a rank does its own part of the gradients of weights meanwhile, twice as long as others let it wait: it is
+    (pp - 1) (forward + backward for the input - for the weights) of one of its two stages (arXiv:2401.10241), which
+    for dualpipev is right where these three take equally long.
+    """
+    others = layout.pp * compute.mean_over_slowest - 1
+    if layout.pipeline_schedule in V_SCHEDULES:
+        return others / 2 * (1 - 2 * compute.weights_frac)
+    return others / layout.stages_per_rank
+
+
+def _recomputed_s(block: Forward, layout: Layout, software: Software) -> float:
+    """Within a budget the compiler keeps what is dearest per byte: attention always, and half of the products'
+    results instead of what lies between them."""
+    if layout.remat == "full":
         return block.total_s - (block.last_gemm_s if software.stops_recomputing_early else 0.0)
-    return block.second_gemms_s + block.elementwise_s + block.gaps_s if remat == "selective" else 0.0
+    if layout.remat == "budget" and layout.remat_budget_frac is not None:
+        return (1 - layout.remat_budget_frac) * (block.gemm_s / 2 + block.elementwise_s + block.gaps_s)
+    return block.second_gemms_s + block.elementwise_s + block.gaps_s if layout.remat == "selective" else 0.0
 
 
 def _tokens(work: Work, layout: Layout) -> float:

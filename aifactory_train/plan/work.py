@@ -61,6 +61,7 @@ class Software:
     n_fp32_logits: fp32 tensors of the size of the logits that a loss over the whole micro-batch makes. 3 in plain
         torch: copy, log-softmax, gradient; 1 where Megatron works in place; 0 in a kernel over the logits themselves.
     vocab_parallel_loss: the loss works on each tp rank's part of the vocabulary, else on logits gathered from all.
+    stages_count_head: pipeline stages are cut so that the output head counts as layers, else blocks alone are counted.
     fp8_inputs: under fp8 the inputs of matrix products wait for the backward pass in fp8, else in bf16.
     """
 
@@ -79,6 +80,7 @@ class Software:
     n_fp32_logits: int = 3
     vocab_parallel_loss: bool = True
     fp8_inputs: bool = False
+    stages_count_head: bool = True
 
     @property
     def flash_attention(self) -> bool:

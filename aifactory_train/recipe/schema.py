@@ -28,6 +28,12 @@ CountOrZero = Annotated[int, BeforeValidator(_whole), Field(ge=0, le=10**18)]
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
+BudgetFraction = Annotated[float, Field(gt=0, lt=1)]
+# N of interleaved-N: stages on each rank.
+PipelineSchedule = Literal[
+    "1f1b", "interleaved-2", "interleaved-3", "interleaved-4", "interleaved-5", "interleaved-6", "interleaved-7",
+    "interleaved-8", "interleaved-9", "zbv", "dualpipev",
+]  # fmt: skip
 
 
 class Strict(BaseModel):
@@ -130,7 +136,7 @@ class Train(Strict):
     budget_tokens: Count
     global_batch_tokens: Count
     micro_batch_rows: Count | Auto = "auto"
-    precision: Literal["fp32", "bf16", "fp8"] | Auto = "auto"
+    precision: Literal["fp32", "bf16", "fp8", "fp8_rowwise"] | Auto = "auto"
     compile: bool | Auto = "auto"
 
 
@@ -166,7 +172,10 @@ class Schedule(Strict):
 
 
 class Layout(Strict):
-    """What the plan may not decide freely: each value that is given is kept. plan/contract.py says what they mean."""
+    """What the plan may not decide freely: each value that is given is kept. plan/contract.py says what they mean.
+
+    remat: a fraction is the share of activation memory that the compiler may keep; it chooses what it computes again.
+    """
 
     engine: Literal["fsdp2", "deepspeed"] | Auto = "auto"
     pp: Count | Auto = "auto"
@@ -175,10 +184,10 @@ class Layout(Strict):
     cp: Count | Auto = "auto"
     tp: Count | Auto = "auto"
     zero_stage: Literal[1, 2, 3] | Auto = "auto"
-    stages_per_rank: Count | Auto = "auto"
+    pipeline_schedule: PipelineSchedule | Auto = "auto"
+    cp_attention: Literal["all_gather", "ring", "ulysses"] | Auto = "auto"
     reshard_after_forward: bool | Auto = "auto"
-    reduce_each_micro_batch: bool | Auto = "auto"
-    remat: Literal["none", "selective", "full"] | Auto = "auto"
+    remat: Literal["none", "selective", "full"] | BudgetFraction | Auto = "auto"
     offload: Literal["none", "optimizer"] | Auto = "auto"
 
 
@@ -224,6 +233,11 @@ class Recipe(Strict):
         ramps = self.schedule.warmup_tokens + (self.schedule.decay_tokens or 0)
         if ramps > self.train.budget_tokens:
             faults.append(f"schedule.warmup_tokens + decay_tokens = {ramps} exceed train.budget_tokens")
+        if isinstance(self.layout.remat, float) and self.train.compile is False:
+            faults.append(
+                f"layout.remat {self.layout.remat} is a budget for the compiler, and train.compile is false; "
+                "take train.compile true, or remat selective"
+            )
         if faults:
             raise ValueError("\n    ".join(faults))
         return self

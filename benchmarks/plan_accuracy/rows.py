@@ -226,6 +226,7 @@ def layout_of(raw: dict[str, str], machine: Machine) -> Layout:
     if stated not in (None, accumulation):
         raise Skip("grad_accum disagrees with global batch, micro_batch and dp")
     zero_stage, dp_shard, reshard = sharding_of(raw, dp)
+    stages = _count(raw, "vpp") or 1
     return Layout(
         engine="fsdp2" if zero_stage == 3 else "deepspeed",
         world_size=world,
@@ -236,12 +237,15 @@ def layout_of(raw: dict[str, str], machine: Machine) -> Layout:
         cp=cp,
         tp=tp,
         zero_stage=zero_stage,
-        stages_per_rank=_count(raw, "vpp") or 1,
+        pipeline_schedule="1f1b" if stages == 1 else "interleaved",
+        stages_per_rank=stages,
+        cp_attention="ring",  # Megatron-Core's default, cp_comm_type p2p, and torchtitan's
         micro_batch_rows=micro,
         accumulation=accumulation,
         reshard_after_forward=reshard,
-        # FSDP in llm-foundry, torchtitan and torchtune, and DeepSpeed from stage 2 on reduce with each backward pass.
-        reduce_each_micro_batch=zero_stage > 1,
+        # FSDP in llm-foundry, torchtitan and torchtune, and DeepSpeed from stage 2 on reduce with each backward pass;
+        # torch's pipelines once per step.
+        reduce_each_micro_batch=zero_stage > 1 and not (zero_stage == 3 and pp > 1),
         remat=remat_of(raw["act_ckpt"], raw["framework"])[0],
         compile=raw["compile"].startswith("yes"),
         precision=precision_of(raw["precision"]),

@@ -119,7 +119,7 @@ def software_of(row: Mapping[str, str]) -> tuple[Software, bool]:
     """The software of a row, and whether its framework is in the table."""
     found = next((sw for pattern, sw, _ in FRAMEWORKS if re.search(pattern, row["framework"])), None)
     software = UNKNOWN if found is None else found
-    changes: dict[str, object] = {}
+    changes: dict[str, object] = {"stages_count_head": False}  # an opt-in where it exists at all
     if row["seq_parallel"]:
         changes["sequence_parallel"] = row["seq_parallel"].startswith("yes")
     elif re.search(r"DeepSpeed|InternEvo|PaddleNLP|GPT-NeoX", row["framework"]):

@@ -64,7 +64,9 @@ def test_several_faults_are_told_at_once_each_with_its_line(tmp_path):
     [
         ("train.micro_batch_rows=foo", "expected an integer or auto, given: 'foo'"),
         ("train.micro_batch_rows=0", "expected a value greater than 0 or auto, given: 0"),
-        ("train.precision=fp16", "expected fp32, bf16 or fp8 or auto, given: 'fp16'"),
+        ("train.precision=fp16", "expected fp32, bf16, fp8 or fp8_rowwise or auto, given: 'fp16'"),
+        ("layout.remat=1.5", "expected none, selective or full or a value less than 1 or auto, given: 1.5"),
+        ("layout.pipeline_schedule=interleaved-1", "interleaved-2, "),
         ("layout.reshard_after_forward=no", "expected true or false or auto, given: 'no'"),
     ],
 )
@@ -133,3 +135,9 @@ def test_a_sequence_longer_than_the_model_allows_is_refused_with_both_numbers():
 def test_a_vocabulary_larger_than_the_models_is_refused_with_both_numbers():
     text = refusal(DEMO, ["data.tokenizer.train_vocab_size=5000"])
     assert "5000" in text and "4096" in text
+
+
+def test_a_budget_of_activation_memory_needs_the_compiler():
+    assert load_recipe(DEMO, ["layout.remat=0.5"]).layout.remat == 0.5
+    text = refusal(DEMO, ["layout.remat=0.5", "train.compile=false"])
+    assert "layout.remat 0.5 is a budget for the compiler, and train.compile is false" in text
