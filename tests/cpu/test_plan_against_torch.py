@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import aifactory_train.models.decoder as decoder_module
 from aifactory_train.models.decoder import Block, Decoder
 from aifactory_train.parallel.apply import apply_parallelism
-from aifactory_train.parallel.remat import apply_full_remat
+from aifactory_train.parallel.remat import apply_remat
 from aifactory_train.parallel.shard import DTYPES
 from aifactory_train.plan import shape
 from aifactory_train.plan.contract import Layout
@@ -46,6 +46,13 @@ WIDE = SMALL.model_copy(
 TOKENS = 2048
 
 
+def a_layout(world_size=1, n_rows=1, **changes):
+    given = {"accumulation": 1, "reshard_after_forward": True, "remat": "none", "precision": "bf16"} | changes
+    return Layout(
+        engine="fsdp2", world_size=world_size, dp_shard=world_size, micro_batch_rows=n_rows, threads_per_rank=1, **given
+    )
+
+
 def whole_attention(q_BNTH, k_BKTH, v_BKTH, mask):
     """All T x T scores: what torch's counter counts, while our convention counts the causal half."""
     groups = q_BNTH.shape[1] // k_BKTH.shape[1]
@@ -58,8 +65,7 @@ def test_flops_of_a_step_are_those_that_torch_counts_but_for_the_half_that_a_cau
     monkeypatch.setattr(decoder_module, "attend", whole_attention)
     n_tokens, model = 96, SMALL
     decoder = Decoder(model)
-    if remat == "full":
-        apply_full_remat(decoder.parts())
+    apply_remat(decoder.parts(), a_layout(remat=remat))
     input_BT = torch.zeros(1, n_tokens, dtype=torch.long)
     with FlopCounterMode(display=False) as counter:
         decoder(input_BT, input_BT).backward()
@@ -200,10 +206,7 @@ CASES = [
 
 @pytest.mark.parametrize(("world_size", "changes", "n_rows"), CASES)
 def test_the_peak_of_fsdp_is_within_three_percent_of_torchs_own_tracker(world_size, changes, n_rows):
-    given = {"accumulation": 1, "reshard_after_forward": True, "remat": "none", "precision": "bf16"} | changes
-    layout = Layout(
-        engine="fsdp2", world_size=world_size, dp_shard=world_size, micro_batch_rows=n_rows, threads_per_rank=1, **given
-    )
+    layout = a_layout(world_size, n_rows, **changes)
     seen = tracked_peak(WIDE, layout, n_rows)
     work = Work(WIDE, TOKENS, global_batch_rows=world_size * n_rows * layout.accumulation)
     terms = dict(estimate_memory(work, "cpu", layout).terms_bytes)
