@@ -103,7 +103,8 @@ setup(
     ],
     extras_require={
         "wandb": ["wandb"],
-        "test": ["pytest", "ruff", "mypy", "types-PyYAML", "accelerate", "wandb", "setuptools", "scipy"],
+        "fp8": ["torchao"],
+        "test": ["pytest", "ruff", "mypy", "types-PyYAML", "accelerate", "wandb", "setuptools", "scipy", "torchao"],
     },
     classifiers=[
         "Programming Language :: Python :: 3 :: Only",

@@ -45,6 +45,7 @@ ONLY_IN = {
     "deepspeed": {"train/engine_deepspeed.py"},
     "wandb": {"metrics/sinks.py"},
     "mpi4py": {"train/ranks.py"},
+    "torchao": {"parallel/precision.py"},
 }
 TORCH_NEVER = {"errors", "units", "rundir", "strictyaml", "hostlist", "recipe", "machine", "plan", "launch", "results"}
 TORCH_LAZILY = {"data", "cli"}

@@ -78,8 +78,8 @@ def _checkpointed(forward: Callable[..., Any], remat: str) -> Callable[..., Any]
     """
     contexts = {"context_fn": _selective_contexts} if remat == "selective" else {}
 
-    def checkpointed(*args: Any) -> Any:
-        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **contexts)
+    def checkpointed(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **contexts, **kwargs)
 
     return checkpointed
 
