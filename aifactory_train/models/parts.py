@@ -66,6 +66,13 @@ def local_tensor(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def is_on_each_rank(tensor: Tensor, axis: str) -> bool:
+    """Whether a tensor is split over a mesh that has `axis`, but not over that axis."""
+    if not isinstance(tensor, DTensor) or axis not in (tensor.device_mesh.mesh_dim_names or ()):
+        return False
+    return tensor.placements[tensor.device_mesh.mesh_dim_names.index(axis)].is_replicate()
+
+
 @torch.no_grad()
 def copy_into(parameter: Tensor, full: Tensor) -> None:
     """Copy this rank's part of a whole tensor into a parameter that may be sharded."""

@@ -87,12 +87,6 @@ class Pipeline:
                 work.wait()
             gradients[0].add_(theirs)
 
-    def total_norm(self, norm: Tensor) -> Tensor:
-        """The norm of the whole model's gradient from that of this rank's `counted` parameters."""
-        square = norm.square()
-        dist.all_reduce(square, group=self.group)  # axis pp: every rank arrives
-        return square.sqrt()
-
 
 def build_pipeline(plan: Plan, stages: list[ModelParts], mesh: Mesh, device: torch.device) -> Pipeline:
     """The schedule of `plan.layout` over the stages of this rank, which have been through `apply_parallelism`.

@@ -10,11 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from aifactory_train.data.loader import Batch
 from aifactory_train.errors import TrainingFault
-from aifactory_train.models.parts import ModelParts
+from aifactory_train.models.parts import ModelParts, is_on_each_rank, local_tensor
 from aifactory_train.parallel.context import local_tokens
 from aifactory_train.parallel.mesh import Mesh
 from aifactory_train.parallel.pipeline import build_pipeline
@@ -39,6 +38,10 @@ class TorchEngine:
         rank, n_tokens = mesh.rows["cp"].get_local_rank(), plan.recipe.data.seq_len_tokens
         self.tokens_T = local_tokens(plan.layout, n_tokens, rank).to(device) if plan.layout.cp > 1 else None
         self.named_parameters = {n: p for stage in stages for n, p in stage.root.named_parameters()}
+        # What makes the gradient norm, and on how many ranks of tp the same weight is.
+        self.counted = self.pipeline.counted if self.pipeline else list(self.named_parameters.values())
+        copies = [float(plan.layout.tp) if is_on_each_rank(p, "tp") else 1.0 for p in self.counted]
+        self.tp_copies = torch.tensor(copies, device=device)
 
     def rehearse(self, batch: Batch) -> None:
         with self._memory_errors():
@@ -124,14 +127,24 @@ class TorchEngine:
 
     def _clip_gradients(self) -> Tensor:
         """Scale gradients down to the norm that the recipe allows. Returns the norm before it, of the whole model."""
-        counted = self.named_parameters.values() if self.pipeline is None else self.pipeline.counted
-        norm = torch.nn.utils.get_total_norm([p.grad for p in counted if p.grad is not None], foreach=True)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        if self.pipeline is not None:
-            norm = self.pipeline.total_norm(norm)
+        norm = self._gradient_norm()
         for stage in self.stages:
             parameters = stage.root.parameters()
             torch.nn.utils.clip_grads_with_norm_(parameters, self.plan.recipe.optim.grad_clip_norm, norm, foreach=True)
+        return norm
+
+    def _gradient_norm(self) -> Tensor:
+        """Each weight counts once, however many ranks hold it. Copies of dp_replicate are equal already."""
+        gradients = [local_tensor(p.grad) for p in self.counted]
+        squares = torch.stack(torch._foreach_norm(gradients)).square() / self.tp_copies
+        # Axis fsdp, then tp and pp: every rank arrives, each of tp and pp with as many weights as its group.
+        dist.all_reduce(squares, group=self.mesh.weights["fsdp"].get_group())
+        norm = torch.linalg.vector_norm(squares.sqrt())
+        for axis in ("tp", "pp"):
+            if getattr(self.plan.layout, axis) > 1:
+                square = norm.square()
+                dist.all_reduce(square, group=self.mesh.weights[axis].get_group())
+                norm = square.sqrt()
         return norm
 
     def _zero_grad(self) -> None:
