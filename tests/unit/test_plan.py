@@ -106,7 +106,8 @@ def test_the_micro_batch_is_the_largest_that_fits():
 
 def test_parameters_stay_gathered_only_where_they_fit():
     recipe = load_recipe(LLAMA_8B)
-    assert make_plan(recipe, gpus(24 * GIB), n_nodes=128).layout.reshard_after_forward is True
+    alone = load_recipe(LLAMA_8B, ["layout.pp=1", "layout.cp=1", "layout.tp=1"])
+    assert make_plan(alone, gpus(24 * GIB), n_nodes=128).layout.reshard_after_forward is True
     assert make_plan(recipe, gpus(192 * GIB), n_nodes=128).layout.reshard_after_forward is False
     kept = make_plan(load_recipe(LLAMA_8B, ["layout.reshard_after_forward=true"]), gpus(192 * GIB), n_nodes=128)
     assert kept.layout.reshard_after_forward is True
@@ -185,7 +186,8 @@ def test_ranks_on_a_cpu_share_its_rate_so_two_are_about_as_fast_as_one():
 
 
 def test_gpus_multiply_the_rate_less_what_their_exchange_costs():
-    two, four = (make_plan(load_recipe(LLAMA_8B), gpus(), n_nodes=n).predicted for n in (16, 32))
+    recipe = load_recipe(LLAMA_8B, ["layout.pp=1", "layout.cp=1", "layout.tp=1", "layout.dp_replicate=1"])
+    two, four = (make_plan(recipe, gpus(), n_nodes=n).predicted for n in (16, 32))
     assert 1.8 * two.tokens_per_s < four.tokens_per_s < 2 * two.tokens_per_s
 
 

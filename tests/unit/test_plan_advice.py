@@ -54,10 +54,8 @@ LEONARDO = load_machine("leonardo-booster")
 @pytest.mark.parametrize(
     ("recipe", "asked", "cause", "advice"),
     [
-        (LLAMA_8B, "--nodes 3", "dp_shard 12 does not divide the 512 rows", ["--nodes 2", "--nodes 4"]),
-        (LLAMA_70B, "--nodes 6", "dp_shard 24 does not divide the 2048 rows", ["--nodes 16"]),
-        (LLAMA_70B, "--nodes 8", "dp_shard 32 does not fit: ", ["--nodes 16"]),
-        (LLAMA_70B, "--nodes 4", "layout(s) do not fit", ["--nodes 16"]),
+        (LLAMA_8B, "--nodes 37", "cannot be shared by 148 ranks", ["--nodes 32", "--nodes 64"]),
+        (LLAMA_70B, "--nodes 4", "layout(s) do not fit", ["--nodes 8"]),
     ],
 )
 def test_launch_names_the_cause_and_the_nearest_nodes_that_train(recipe, asked, cause, advice):
@@ -66,11 +64,18 @@ def test_launch_names_the_cause_and_the_nearest_nodes_that_train(recipe, asked, 
     assert all(way in said for way in advice) and "leave the key at auto" not in said
 
 
-@pytest.mark.parametrize("wish", ["layout.tp=16", "layout.tp=3", "layout.tp=2", "layout.pp=2", "layout.cp=2"])
-def test_launch_sets_a_degree_that_it_does_not_train_to_auto(wish):
-    key, value = wish.removeprefix("layout.").split("=")
+@pytest.mark.parametrize("wish", ["layout.tp=16", "layout.tp=3", "layout.engine=deepspeed", "layout.zero_stage=2"])
+def test_launch_sets_a_key_that_it_does_not_train_to_auto(wish):
+    key, _ = wish.removeprefix("layout.").split("=")
     said = typed_back("launch", LLAMA_8B, LEONARDO, f"--nodes 4 --set {wish}")
-    assert f"--set layout.{key}=auto" in said and f"{key} {value}" in said.splitlines()[0]
+    assert f"--set layout.{key}=auto" in said and (key in said.splitlines()[0] or "deepspeed" in said.splitlines()[0])
+
+
+def test_launch_names_the_closest_that_it_trains_where_only_offload_fits():
+    with pytest.raises(PlanError) as caught:
+        answer("launch", LLAMA_8B, gpus(28 * GIB), {})
+    assert "does not train with engine deepspeed" in caught.value.what
+    assert "of what it trains, the closest (" in caught.value.what and ") does not fit: " in caught.value.what
 
 
 def test_launch_tells_the_limit_of_the_partition_before_what_follows_from_it():

@@ -26,7 +26,8 @@ N_BLOCK = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128 + 2 * 64
 N_TABLE = 1024 * 64
 N = 8 * N_BLOCK + 2 * N_TABLE + 64
 WORK = Work(MODEL, seq_len_tokens=256, global_batch_rows=64)
-MEGATRON = dataclasses.replace(OURS, loss_chunk_tokens=None, n_fp32_logits=1, fused_elementwise=True)
+EVEN = dataclasses.replace(OURS, stages_count_head=False)  # 2 layers on each of 4 stages
+MEGATRON = dataclasses.replace(EVEN, loss_chunk_tokens=None, n_fp32_logits=1, fused_elementwise=True)
 
 
 def layout(**changes):
@@ -45,8 +46,8 @@ def terms(how, work=WORK, kind="cuda", software=OURS):
     return estimate_memory(work, kind, how, software).terms_bytes
 
 
-def moment(name, how, work=WORK, kind="cuda", software=OURS, stage=0):
-    return dict(memory._Rank(work, kind, how, software, stage).moments())[name]
+def moment(name, how, work=WORK, kind="cuda", software=OURS, pp_rank=0):
+    return dict(memory._Rank(work, kind, how, software, pp_rank).moments())[name]
 
 
 @pytest.mark.parametrize(
@@ -73,7 +74,7 @@ def test_1f1b_keeps_as_many_micro_batches_as_stages_are_still_to_come():
 
 
 def test_interleaving_keeps_more_on_the_first_stage():
-    how = layout(pp=4, dp_shard=2, accumulation=8, stages_per_rank=2)
+    how = layout(pp=4, dp_shard=2, accumulation=8, pipeline_schedule="interleaved", stages_per_rank=2)
     # Korthikanti et al., section 4.2.3: p (1 + (p - 1) / (p v)) = 4 (1 + 3 / 8) micro-batches of the rank's layers.
     assert micro_batches_in_flight(how, 0) == 4 * (1 + 3 / 8)
     assert micro_batches_in_flight(how, 3) == 5 / 2
@@ -89,8 +90,13 @@ def test_fsdp_shards_fp32_weights_gradients_and_two_moments():
 def test_context_parallel_ranks_share_the_weights_and_the_tokens():
     alone, shared = (terms(layout(dp_shard=4, world_size=4 * cp, cp=cp, remat="full")) for cp in (1, 2))
     assert shared["parameters"] == alone["parameters"] / 2
-    in_loss = [moment("in the loss", layout(dp_shard=4, world_size=4 * cp, cp=cp)) for cp in (1, 2)]
-    assert in_loss[1]["activations"] == in_loss[0]["activations"] / 2
+    kept = [
+        moment("in the loss", layout(dp_shard=4, world_size=4 * cp, cp=cp, cp_attention=form))["activations"]
+        for cp, form in ((1, "ring"), (2, "ring"), (2, "ulysses"), (2, "all_gather"))
+    ]
+    assert kept[1] == kept[2] == kept[0] / 2
+    # Of 128 tokens of the other rank: k and v of 32 each, in bf16, in 8 layers.
+    assert kept[3] == kept[1] + 128 * 2 * 32 * 2 * 8
 
 
 def test_muon_keeps_one_moment_for_the_matrices():
@@ -115,24 +121,28 @@ def test_tp_divides_the_weights_of_a_stage_but_for_the_norms_and_keeps_a_kv_head
 
 def test_pp_gives_each_stage_its_layers_and_the_ends_their_tables():
     how = zero(pp=4, dp_shard=2, accumulation=8)
-    first, inner, last = (moment("in the loss", how, stage=stage)["parameters"] for stage in (0, 1, 3))
+    first, inner, last = (moment("in the loss", how, software=EVEN, pp_rank=rank)["parameters"] for rank in (0, 1, 3))
     assert inner == 2 * 2 * N_BLOCK
     assert first == inner + 2 * N_TABLE and last == inner + 2 * (N_TABLE + 64)
     tied = dataclasses.replace(WORK, model=MODEL.model_copy(update={"tied_embeddings": True}))
-    assert moment("in the loss", how, tied, stage=3)["parameters"] == last
+    assert moment("in the loss", how, tied, software=EVEN, pp_rank=3)["parameters"] == last, "each end has a copy"
+    # The head costs as much as 1.8 layers: 2, 3, 2, 1. In a V of 8 stages the first rank has both ends.
+    assert [memory._Rank(WORK, "cuda", how, OURS, rank).n_layers for rank in range(4)] == [2, 3, 2, 1]
+    v = memory._Rank(WORK, "cuda", layout(pp=4, dp_shard=2, pipeline_schedule="zbv", stages_per_rank=2), OURS, 0)
+    assert v.last and v.n == 2 * N_BLOCK + 2 * N_TABLE + 64
 
 
 def test_activations_of_a_stage_are_layers_times_micro_batches_in_flight():
     how = zero(pp=4, dp_shard=2, accumulation=8)
     per_token = shape.block_activation_bytes_per_token(MODEL, 256, shape.Kept("bf16", "cuda", False))
-    for stage, in_flight in ((0, 4), (1, 3), (3, 1)):
-        kept = moment("in the backward pass of the last block", how, stage=stage)["activations"]
+    for rank, in_flight in ((0, 4), (1, 3), (3, 1)):
+        kept = moment("in the backward pass of the last block", how, software=EVEN, pp_rank=rank)["activations"]
         assert kept == 256 * 2 * in_flight * per_token
 
 
 def test_the_peak_names_the_worst_stage_and_the_moment():
     long_rows = dataclasses.replace(WORK, seq_len_tokens=4096)
-    found = estimate_memory(long_rows, "cuda", zero(pp=4, dp_shard=2, accumulation=8))
+    found = estimate_memory(long_rows, "cuda", zero(pp=4, dp_shard=2, accumulation=8), EVEN)
     assert found.peak_at == "stage 0 of 4, in the backward pass of the last block"
     large = MODEL.model_copy(update={"vocab_size": 100_000})
     found = estimate_memory(
@@ -221,3 +231,28 @@ def test_a_communicator_per_axis_and_one_for_all_ranks():
     assert "communicators" not in terms(layout(world_size=1, dp_shard=1))
     assert terms(layout())["communicators"] == 2 * one
     assert terms(zero(pp=2, tp=2, dp_shard=2, accumulation=4))["communicators"] == 4 * one
+
+
+def test_fsdp_in_a_pipeline_gathers_a_stage_for_good_in_its_backward_pass_and_reduces_once():
+    how = layout(pp=4, dp_shard=2, accumulation=8)
+    n = memory._Rank(WORK, "cuda", how, OURS, 1).n
+    first, reduction = (
+        moment(name, how, pp_rank=1)
+        for name in ("in the backward pass of the first block", "in the reduction of the gradients")
+    )
+    # bf16 weights and fp32 gradients of the whole stage, beside its shards of them.
+    assert first["gathered_parameters"] == reduction["gathered_parameters"] == 2 * n
+    assert first["unsharded_gradients"] == 4 * n + 2 * N_BLOCK and reduction["unsharded_gradients"] == 4 * n
+    # Between the forward passes a block at a time, unless they are never freed.
+    kept = how.model_copy(update={"reshard_after_forward": False})
+    in_loss = [moment("in the loss", at, pp_rank=1)["gathered_parameters"] for at in (how, kept)]
+    assert in_loss == [2 * N_BLOCK, 2 * n]
+
+
+def test_a_budget_keeps_its_share_of_what_none_keeps_and_makes_the_rest_again():
+    whole, half = (
+        moment("in the backward pass of the last block", layout(compile=True, **how))
+        for how in ({}, {"remat": "budget", "remat_budget_frac": 0.5})
+    )
+    assert half["activations"] == pytest.approx(whole["activations"] / 2, rel=1e-3)
+    assert half["recomputed_block"] == pytest.approx(whole["activations"] / 2 / 8, rel=1e-3)

@@ -131,14 +131,6 @@ def test_on_a_cpu_norms_keep_fp32_copies_and_attention_its_weights_on_short_rows
     assert long["document mask"] == 2048 * 2 and long["k after RoPE, and v"] == 2 * 16 * 2
 
 
-def test_layers_that_do_not_divide_go_to_the_inner_stages():
-    assert shape.layers_by_rank(32, 4, 1) == (8, 8, 8, 8)
-    assert shape.layers_by_rank(126, 4, 1) == (31, 32, 32, 31)
-    # 10 layers on 4 stages of 2 ranks: 2, 3, 3, 2; rank 0 has the first and the third.
-    assert shape.layers_by_rank(10, 2, 2) == (5, 5)
-    assert sum(shape.layers_by_rank(61, 4, 3)) == 61
-
-
 def test_the_chunked_loss_never_holds_more_logits_than_one_chunk():
     chunk, vocab, n_head = 1024, 100, 100 * 8
 

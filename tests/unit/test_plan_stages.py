@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from aifactory_train.plan.contract import Layout
-from aifactory_train.plan.stages import layers_by_stage, stages_of_rank
+from aifactory_train.plan.stages import layers_by_rank, layers_by_stage, stages_of_rank
 from aifactory_train.recipe.schema import Model
 
 # The head, V x D, costs as much as 2.4 of these blocks: 525e6 weights against 218e6.
@@ -63,3 +63,5 @@ def test_stages_stand_in_turn_or_in_a_v(schedule: str, stages_per_rank: int, fou
         threads_per_rank=1,
     )  # fmt: skip
     assert [stages_of_rank(layout, rank) for rank in range(4)] == found
+    layers = [len(layers) for layers in layers_by_stage(LLAMA_8B, 4 * stages_per_rank)]
+    assert layers_by_rank(LLAMA_8B, layout) == tuple(sum(layers[stage] for stage in held) for held in found)
