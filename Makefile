@@ -53,8 +53,9 @@ $(MACHINE): | $(VENV)/.installed
 	$(call title,probe: what this machine can do)
 	@$(RUN) probe --out $@
 
+# Most tests wait for ranks that they have started: a second worker fills the cores meanwhile (groups: tests/conftest.py).
 test: $(VENV)/.installed-test $(VENV)/.installed-system
-	@$(BIN)/pytest
+	@$(BIN)/pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 
 check: $(VENV)/.installed-test
 	@$(BIN)/ruff check .

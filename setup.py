@@ -104,7 +104,18 @@ setup(
     extras_require={
         "wandb": ["wandb"],
         "fp8": ["torchao"],
-        "test": ["pytest", "ruff", "mypy", "types-PyYAML", "accelerate", "wandb", "setuptools", "scipy", "torchao"],
+        "test": [
+            "pytest",
+            "pytest-xdist",
+            "ruff",
+            "mypy",
+            "types-PyYAML",
+            "accelerate",
+            "wandb",
+            "setuptools",
+            "scipy",
+            "torchao",
+        ],
     },
     classifiers=[
         "Programming Language :: Python :: 3 :: Only",

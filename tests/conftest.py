@@ -1,16 +1,23 @@
-"""What all tests share: the order (cheap before dear) and the skip of GPU tests where there is no GPU."""
+"""What all tests share: their order, what one worker does alone, and the skip of GPU tests where there is no GPU."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
+# Ranks of several tests share the cores. A thread that spins at a barrier would keep the one it waits for from its
+# core, and that multiplies the time of a small step. Read by libgomp when torch is loaded, here and in all ranks.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 from training_runs import aifactory, write_corpus, write_recipe
 
-ORDER = ("test_house.py", "test_promises.py", "unit", "golden", "cpu", "parity", "slurm", "gpu")
+# Cheap before dear; but first of the dear ones that which one worker has to do alone (see `_group`).
+ORDER = ("test_house.py", "test_promises.py", "unit", "golden", "slurm", "cpu", "parity", "gpu")
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in its own hook of that name
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
 
@@ -18,10 +25,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return item.path.relative_to(here).parts[0]
 
     items.sort(key=lambda item: ORDER.index(part(item)) if part(item) in ORDER else len(ORDER))
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(_group(item)))
     needs_gpu = [item for item in items if part(item) == "gpu" or item.get_closest_marker("gpu")]
     if needs_gpu and not _has_gpu():
         for item in needs_gpu:
             item.add_marker(pytest.mark.skip(reason="needs a GPU, torch sees none"))
+
+
+def _group(item: pytest.Item) -> str:
+    """One worker does all tests that share what is made once: by a file, or the Slurm of the session."""
+    return "cluster" if "cluster" in getattr(item, "fixturenames", ()) else str(item.path)
 
 
 def _has_gpu() -> bool:
