@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,9 +19,21 @@ from aifactory_train.plan.shape import CPU_CHUNKED_ROW_TOKENS
 
 CPU_CHUNK_TOKENS = 64
 
-# Uncompiled, the one holds all T x T scores and the other the dense mask. In a compiled block both are inlined.
-_flex_attention = torch.compile(flex.flex_attention, dynamic=False)
-_create_block_mask = torch.compile(flex.create_block_mask, dynamic=False)
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiled at its first call, as torch.compile imports the compiler: seconds of each rank's start on a CPU."""
+    compile_once = cache(lambda: torch.compile(function, dynamic=False))
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        # A compiled block inlines it.
+        return (function if torch.compiler.is_compiling() else compile_once())(*args, **kwargs)
+
+    return call
+
+
+# Uncompiled, the one holds all T x T scores and the other the dense mask.
+_flex_attention = _compiled(flex.flex_attention)
+_create_block_mask = _compiled(flex.create_block_mask)
 
 # Of a key that a query may not see. Finite, so that a query that sees no key at all has weights and gradients that are
 # numbers; its log-sum-exp stays so low that a merge gives it no weight.
