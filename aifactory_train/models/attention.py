@@ -126,42 +126,40 @@ def block_mask(document_BT: torch.Tensor) -> Any:
 
 
 def build_part_mask(
-    document_BQ: torch.Tensor | None,
-    document_BS: torch.Tensor | None,
-    n_queries: int,
-    n_keys: int,
-    causal: bool,
-    on: str,
+    documents: tuple[torch.Tensor, torch.Tensor] | None, n_queries: int, n_keys: int, causal: bool, device_type: str
 ) -> Mask:
-    """The mask of `attend_part`, from the documents of queries and keys, or None for both. `on`: type of the device."""
-    if on == "cuda":
-        return part_block_mask(document_BQ, document_BS, n_queries, n_keys, causal, on)
-    if document_BQ is None or document_BS is None:
+    """The mask of `attend_part`.
+
+    Args:
+        documents: document_BQ of the queries and document_BS of the keys.
+    """
+    if device_type == "cuda":
+        return part_block_mask(documents, n_queries, n_keys, causal, device_type)
+    if documents is None:
         return None
-    same_BQS = document_BQ[:, :, None] == document_BS[:, None, :]
+    same_BQS = documents[0][:, :, None] == documents[1][:, None, :]
     return (same_BQS.tril(n_keys - n_queries) if causal else same_BQS)[:, None]
 
 
 def part_block_mask(
-    document_BQ: torch.Tensor | None,
-    document_BS: torch.Tensor | None,
-    n_queries: int,
-    n_keys: int,
-    causal: bool,
-    on: str,
+    documents: tuple[torch.Tensor, torch.Tensor] | None, n_queries: int, n_keys: int, causal: bool, device_type: str
 ) -> Any:
-    later = n_keys - n_queries
+    """A BlockMask, or None where all keys are seen."""
+    before = n_keys - n_queries
 
-    def sees(b: Any, h: Any, q: Any, k: Any) -> Any:
-        if document_BQ is None or document_BS is None:
-            return q + later >= k
-        same = document_BQ[b, q] == document_BS[b, k]
-        return same & (q + later >= k) if causal else same
+    def reached(b: Any, h: Any, q: Any, k: Any) -> Any:
+        return q + before >= k
 
-    if document_BQ is None and not causal:
-        return None
-    n_rows = None if document_BQ is None else document_BQ.shape[0]
-    return _create_block_mask(sees, n_rows, None, n_queries, n_keys, device=on)
+    if documents is None:
+        # One mask for all rows.
+        return _create_block_mask(reached, None, None, n_queries, n_keys, device=device_type) if causal else None
+    document_BQ, document_BS = documents
+
+    def same_document(b: Any, h: Any, q: Any, k: Any) -> Any:
+        return document_BQ[b, q] == document_BS[b, k]
+
+    sees = flex.and_masks(same_document, reached) if causal else same_document
+    return _create_block_mask(sees, document_BQ.shape[0], None, n_queries, n_keys, device=document_BQ.device)
 
 
 def attend_part(

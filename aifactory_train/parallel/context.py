@@ -10,7 +10,7 @@ github.com/zhuzilin/ring-flash-attention, all-gather as for Llama 3 (arXiv 2407.
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed._functional_collectives as funcol
@@ -109,21 +109,14 @@ def build_masks(
 ) -> tuple[Mask, ...]:
     """A mask for each call of attention."""
     chunks = None if document_BT is None else document_BT.chunk(n_chunks, dim=1)
-
-    def of(numbers: tuple[int, ...]) -> Tensor | None:
-        return None if chunks is None else torch.cat([chunks[i] for i in numbers], dim=1)
-
-    return tuple(
-        build_part_mask(
-            of(call.queries),
-            of(call.keys),
-            len(call.queries) * chunk_tokens,
-            len(call.keys) * chunk_tokens,
-            call.causal,
-            device_type,
-        )
-        for call in calls
-    )
+    masks = []
+    for call in calls:
+        documents = None
+        if chunks is not None:
+            documents = (torch.cat([chunks[i] for i in call.queries], 1), torch.cat([chunks[i] for i in call.keys], 1))
+        n_queries, n_keys = len(call.queries) * chunk_tokens, len(call.keys) * chunk_tokens
+        masks.append(build_part_mask(documents, n_queries, n_keys, call.causal, device_type))
+    return tuple(masks)
 
 
 def _attend_gathered(
@@ -148,11 +141,10 @@ def _attend_ring(
 ) -> Tensor:
     own = calls[0].queries
     kv = torch.stack((k_BKtH, v_BKtH))
-    following = kv
     merged: list[tuple[Tensor, Tensor]] = []
     for step, (call, mask) in enumerate(zip(calls, masks, strict=True)):
         if step + 1 < axis.degree:
-            following = _pass_on(kv, axis)  # before attention, which hides it
+            following = _Send.apply(kv, axis)  # before attention, which hides it
         k_BKSH, v_BKSH = kv.chunk(2, dim=-2)[0].unbind(0) if len(call.keys) == 1 else kv.unbind(0)
         q_BNQH = q_BNtH if call.queries == own else q_BNtH.chunk(2, dim=2)[1]
         out_BNQH, lse_BNQ = attend_part(q_BNQH, k_BKSH, v_BKSH, mask, call.causal)
@@ -163,16 +155,44 @@ def _attend_ring(
             merged[first:] = [merge_parts(a, b) for a, b in zip(merged[first:], halves, strict=True)]
         else:
             merged = halves
-        kv = following
-    return torch.cat([out_BNQH for out_BNQH, _ in merged], dim=2).to(q_BNtH.dtype)
+        if step + 1 < axis.degree:
+            kv = _Receive.apply(following, axis)
+    return torch.cat([out_BNQH.to(q_BNtH.dtype) for out_BNQH, _ in merged], dim=2)
 
 
-def _pass_on(kv: Tensor, axis: Axis) -> Tensor:
-    """To the next rank of the ring what this one holds; returns what the one before held."""
+class _Send(torch.autograd.Function):
+    """To the next rank of the ring what this one holds. What the one before held is there after `_Receive`.
+
+    Two halves of one transfer, so that work can stand between them, also in backward and in a compiled graph: there
+    the gradient starts back in `_Receive` and has arrived in `_Send`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, kv: Tensor, axis: Axis) -> Tensor:
+        return _pass_on(kv, axis, by=1)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        return funcol.wait_tensor(grad_outputs[0]), None
+
+
+class _Receive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, kv: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return funcol.wait_tensor(kv)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        return _pass_on(grad_outputs[0], ctx.axis, by=-1), None
+
+
+def _pass_on(x: Tensor, axis: Axis, by: int) -> Tensor:
+    """To the rank that is `by` further in the ring. The result must go through wait_tensor."""
     to, source = [0] * axis.degree, [0] * axis.degree
-    to[(axis.rank + 1) % axis.degree] = source[(axis.rank - 1) % axis.degree] = kv.shape[0]
-    # Axis cp, degree - 1 times at each layer, and backwards in the backward pass: all its ranks arrive.
-    return funcol.all_to_all_single_autograd(kv, source, to, axis.name)
+    to[(axis.rank + by) % axis.degree] = source[(axis.rank - by) % axis.degree] = x.shape[0]
+    # Axis cp, degree - 1 times at each layer, forward and backward: all its ranks arrive.
+    return torch.ops._c10d_functional.all_to_all_single(x.contiguous(), source, to, axis.name)
 
 
 def _attend_ulysses(axis: Axis, q_BNtH: Tensor, k_BKtH: Tensor, v_BKtH: Tensor, mask: Mask) -> Tensor:
