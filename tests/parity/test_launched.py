@@ -1,0 +1,42 @@
+"""The same through the launcher, MPI, the loader and 20 steps of text: what test_matrix.py does not run through."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from training_runs import launched, write_recipe
+
+LOSS_RTOL = 2e-6
+NORM_RTOL = 2e-5
+BF16_LOSS_RTOL = 4e-3  # one rounding to 8 bits of mantissa
+LAYOUTS = {
+    "dp_shard": (2, {}),
+    "pp and tp": (4, {"layout__pp": 2, "layout__tp": 2}),
+    "cp and dp_replicate": (4, {"layout__cp": 2, "layout__dp_replicate": 2}),
+}
+
+
+@pytest.fixture(scope="module")
+def one_process(words: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    folder = tmp_path_factory.mktemp("one")
+    return launched(write_recipe(folder, **words), folder / "run", 1)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_launched_layout_has_the_loss_curve_of_one_process(words, tmp_path, one_process, name):
+    ranks, changes = LAYOUTS[name]
+    rows = launched(write_recipe(tmp_path, **words, **changes), tmp_path / "run", ranks)
+    assert [r["step"] for r in rows] == list(range(1, 21))
+    assert rows[-1]["loss"] < rows[0]["loss"] - 1, "it learns"
+    for ours, theirs in zip(rows, one_process, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=LOSS_RTOL), ours["step"]
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=NORM_RTOL), ours["step"]
+
+
+def test_bf16_with_fp32_master_weights_follows_the_fp32_curve(words, tmp_path, one_process):
+    rows = launched(write_recipe(tmp_path, **words, train__precision="bf16"), tmp_path / "run", 2)
+    for ours, theirs in zip(rows, one_process, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=BF16_LOSS_RTOL), ours["step"]
+    assert any(ours["loss"] != theirs["loss"] for ours, theirs in zip(rows, one_process, strict=True))
