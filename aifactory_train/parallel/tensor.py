@@ -37,8 +37,7 @@ def apply_tensor_parallel(parts: ModelParts, mesh: DeviceMesh) -> None:
     for block in parts.blocks:
         parallelize_module(block, mesh, _block_styles(block, parts.tp_plan))
     if parts.embed is not None:
-        by_word = RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(TOKEN_DIM))
-        parallelize_module(parts.embed, mesh, by_word)
+        distribute_module(parts.embed, mesh, _split_rows, _same_tokens, _own_tokens)
     if parts.head is not None:
         distribute_module(parts.head, mesh, _split_rows)  # its forward is never called, so it needs no hooks
     if parts.norm is not None:
@@ -105,6 +104,18 @@ def _gather_output(norm: nn.Module, args: Any, output: DTensor) -> Tensor:
     """All tokens, for the part of the vocabulary of this rank; backward sums the shares of all parts."""
     # Axis tp: all its ranks arrive, in the backward pass too.
     return output.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
+
+
+def _same_tokens(embed: nn.Module, args: tuple[Tensor], mesh: DeviceMesh) -> tuple[DTensor]:
+    return (DTensor.from_local(args[0], mesh, [Replicate()], run_check=False),)
+
+
+def _own_tokens(embed: nn.Module, output: DTensor, mesh: DeviceMesh) -> Tensor:
+    """Each token from the rank that has its row of the table."""
+    # Axis tp: all its ranks arrive, in the backward pass too.
+    # RowwiseParallel would not wait for the result, and torch 2.13 drops the gradient of an AsyncCollectiveTensor that
+    # goes into a compiled block: take RowwiseParallel when github.com/pytorch/pytorch/pull/191113 is in our torch.
+    return output.redistribute(placements=[Shard(TOKEN_DIM)]).to_local()
 
 
 def _split_rows(name: str, module: nn.Module, mesh: DeviceMesh) -> None:
