@@ -27,10 +27,11 @@ PIP_LINES := sed -u -n -E -e 's/^ *(Downloading|Using cached) ([^ ]+) (\(.*\)).*
 PIP_INSTALL = $(BIN)/pip install --disable-pip-version-check --no-input --progress-bar off -c $(VENV)/constraints.txt
 title = @printf '\n== %s\n' '$(1)'
 
-.PHONY: help demo test check launchers bench-peers plan-accuracy clean
+.PHONY: help demo test parity check launchers bench-peers plan-accuracy clean
 help:
 	@echo 'make demo         from text to a trained, exported, sampled language model (2 CPU ranks, or the GPU)'
 	@echo 'make test         all tests that need no GPU'
+	@echo 'make parity       every layout against one process, the long list too; writes docs/parity.md'
 	@echo 'make check        format, types, house rules, fast tests: under a minute'
 	@echo 'make bench-peers  our tokens/s beside those of transformers.Trainer, measured in turns'
 	@echo 'make plan-accuracy  the planner beside published runs, with fits (4 minutes); ROWS=FILE.csv: other rows, no fit'
@@ -56,6 +57,9 @@ $(MACHINE): | $(VENV)/.installed
 # Most tests wait for ranks that they have started: a second worker fills the cores meanwhile (groups: tests/conftest.py).
 test: $(VENV)/.installed-test $(VENV)/.installed-system
 	@$(BIN)/pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
+
+parity: $(VENV)/.installed-test
+	@PARITY=all $(BIN)/pytest tests/parity/test_matrix.py
 
 check: $(VENV)/.installed-test
 	@$(BIN)/ruff check .

@@ -25,8 +25,6 @@ from parity.cases import CHECKPOINTS, FAULTY, LONG, SAVED_AFTER, SHORT, STEPS, C
 TOLERANCE = 1e-5
 WAIT_S = 900
 RANKS = Path(__file__).with_name("ranks.py")
-# One worker of pytest trains the matrix; two would train it twice.
-pytestmark = pytest.mark.xdist_group("parity")
 CASES = SHORT + (LONG if os.environ.get("PARITY") == "all" else [])
 
 
