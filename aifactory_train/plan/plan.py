@@ -16,12 +16,13 @@ from aifactory_train.errors import PlanError
 from aifactory_train.machine.machine import Machine
 from aifactory_train.plan.calibrate import correct_step_time
 from aifactory_train.plan.contract import Layout, Part, Prediction, Shape
-from aifactory_train.plan.layout import describe, n_devices
+from aifactory_train.plan.layout import describe, n_devices, schedule_takes
 from aifactory_train.plan.network import axis_links
 from aifactory_train.plan.rates import device_rates, rate_key
 from aifactory_train.plan.refuse import check_wishes, nothing_left
 from aifactory_train.plan.search import Candidate, Ranking, search
 from aifactory_train.plan.shape import build_shape
+from aifactory_train.plan.stages import V_SCHEDULES
 from aifactory_train.plan.steptime import estimate_step_time_s, total_step_time_s
 from aifactory_train.plan.support import why_not_trainable
 from aifactory_train.plan.work import work_of
@@ -81,6 +82,23 @@ def _arithmetic_faults(plan: Plan) -> list[str]:
             f"{at.dp} replicas x accumulation {at.accumulation} x micro_batch_rows {at.micro_batch_rows} are {shared} "
             f"rows, and the recipe's batch has {rows}"
         )
+    return faults + _pipeline_faults(plan)
+
+
+def _pipeline_faults(plan: Plan) -> list[str]:
+    at, n_layers = plan.layout, plan.recipe.model.n_layers
+    if at.pp == 1:
+        return []
+    faults = []
+    of_schedule = {"1f1b": 1, "zbv": 2, "dualpipev": 2}.get(at.pipeline_schedule)
+    if of_schedule not in (None, at.stages_per_rank):
+        faults.append(f"stages_per_rank is {at.stages_per_rank}, and {at.pipeline_schedule} has {of_schedule}")
+    if (n_stages := at.pp * at.stages_per_rank) > n_layers:
+        faults.append(
+            f"pp {at.pp} x stages_per_rank {at.stages_per_rank} are {n_stages}, and there are {n_layers} layers"
+        )
+    if not schedule_takes(at.pipeline_schedule, at.pp, at.accumulation):
+        faults.append(f"accumulation {at.accumulation} is no number of micro-batches for {at.pipeline_schedule}")
     return faults
 
 
@@ -172,6 +190,15 @@ def _notes(recipe: Recipe, machine: Machine, ranking: Ranking, predicted: Predic
         less = format_difference(best.step_time_s / chosen.step_time_s - 1)
         notes.append(f"faster would be {describe(best.layout)}: step time {less}; but {best.why_not}")
     notes += _fp8_notes(recipe, machine, chosen)
+    if layout.precision == "fp8_rowwise":
+        notes.append("the rate of fp8 with a scale for each matrix stands in for that with a scale for each row")
+    if layout.remat == "budget":
+        notes.append(
+            f"remat within {layout.remat_budget_frac:g} of activation memory is predicted linearly, between all kept "
+            "and the forward pass repeated but for half of its products; the compiler decides block by block"
+        )
+    if layout.pipeline_schedule in V_SCHEDULES:
+        notes.append(f"pipeline_schedule {layout.pipeline_schedule} was measured by nobody here; auto does not try it")
     if recipe.train.precision == "auto" and machine.device.native_bf16 is None:
         notes.append("whether the device computes in bf16 is unknown: precision auto became fp32")
     if ranking.limit_bytes is None:

@@ -138,6 +138,10 @@ def test_a_deadline_that_cannot_be_met_names_keys_that_are_accepted(deadline, sh
         ({"micro_batch_rows": 0}, "micro_batch_rows is 0"),
         ({"accumulation": 0}, "accumulation is 0"),
         ({"micro_batch_rows": 7}, "2 replicas x accumulation 1 x micro_batch_rows 7 are 14 rows"),
+        ({"pp": 2, "dp_shard": 1}, "1 replicas x accumulation 1 x micro_batch_rows 8 are 8 rows"),
+        ({"pp": 2, "dp_shard": 1, "micro_batch_rows": 16}, "accumulation 1 is no number of micro-batches for 1f1b"),
+        ({"pp": 2, "dp_shard": 1, "pipeline_schedule": "zbv"}, "stages_per_rank is 1, and zbv has 2"),
+        ({"pp": 2, "dp_shard": 1, "stages_per_rank": 9}, "pp 2 x stages_per_rank 9 are 18, and there are 4 layers"),
         ({"world_size": 3}, "world_size is 3, and pp x dp_replicate x dp_shard x cp x tp is 2"),
     ],
 )

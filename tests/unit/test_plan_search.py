@@ -145,6 +145,18 @@ def test_a_given_schedule_is_kept(schedule, held):
     assert not any(at.reduce_each_micro_batch for at in found)
 
 
+@pytest.mark.parametrize(
+    ("wish", "note"),
+    [
+        ("layout.pipeline_schedule=zbv", "zbv was measured by nobody here"),
+        ("layout.remat=0.5", "remat within 0.5 of activation memory is predicted linearly"),
+    ],
+)
+def test_what_rests_on_no_measurement_is_a_note(wish, note):
+    recipe = load_recipe(LLAMA_8B, ["layout.pp=2", "train.compile=auto", wish])
+    assert any(note in said for said in make_plan(recipe, gpus(), n_nodes=4).notes)
+
+
 def test_on_auto_schedules_are_1f1b_and_interleaved_alone():
     assert {(at.pipeline_schedule, at.stages_per_rank) for at in layouts("layout.pp=2")} == {
         ("1f1b", 1), ("interleaved", 2), ("interleaved", 4),
