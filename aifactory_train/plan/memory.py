@@ -102,6 +102,11 @@ def micro_batches_in_flight(layout: Layout, pp_rank: int) -> float:
     return min(most, n_micro * v) / v
 
 
+def _gathered_kv(layout: Layout) -> float:
+    """Ranks of cp whose keys and values each keeps: all, or in a ring the half that its queries may see."""
+    return {"all_gather": layout.cp, "ring": (layout.cp + 1) / 2, "ulysses": 1}[layout.cp_attention]
+
+
 class _Activations(NamedTuple):
     """Bytes of one rank: of all its blocks in flight, of one block and micro-batch, around the head; in the backward
     pass of a block what is computed again, and the gradients that flow through it."""
@@ -197,7 +202,8 @@ class _Rank:
             sequence_parallel=software.sequence_parallel,
             fp8_inputs=software.fp8_inputs,
             budget_frac=1.0 if layout.remat_budget_frac is None else layout.remat_budget_frac,
-            gathered_kv=layout.cp if layout.cp_attention == "all_gather" else 1,
+            moves_inputs_again=software.moves_inputs_again,
+            gathered_kv=1 if software.moves_inputs_again else _gathered_kv(layout),
         )
         seq, tokens = self.work.seq_len_tokens, self.tokens
         block = tokens * shape.block_activation_bytes_per_token(model, seq, how)

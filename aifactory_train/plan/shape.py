@@ -154,6 +154,7 @@ class Kept:
         own kernels, one for each norm; "separate": RMSNorm too is written in Python, as before torch 2.8.
     sequence_parallel: between the blocks activations are split over tp.
     fp8_inputs: in fp8 the inputs of matrix products are kept in fp8 alone.
+    moves_inputs_again: what tp gathers for products is gathered again in the backward pass, and not kept.
     budget_frac: with remat "budget", what the compiler may keep of what "none" keeps.
     gathered_kv: keys and values of so many ranks of cp are kept on each.
     """
@@ -167,8 +168,9 @@ class Kept:
     tp: int = 1
     sequence_parallel: bool = True
     fp8_inputs: bool = False
+    moves_inputs_again: bool = False
     budget_frac: float = 1.0
-    gathered_kv: int = 1
+    gathered_kv: float = 1
 
 
 def block_kept_bytes_per_token(model: Model, seq_len_tokens: int, how: Kept) -> dict[str, int]:
@@ -196,6 +198,7 @@ def _block_bytes(at: Dims, seq_len_tokens: int, how: Kept) -> int:
 def _block_table(at: Dims, seq_len_tokens: int, how: Kept) -> dict[str, int]:
     size = BYTES[how.precision]
     stream = -(-at.d * size // (how.tp if how.sequence_parallel else 1))
+    gathered = stream if how.moves_inputs_again else at.d * size
     if how.remat == "full":
         return {"block input": stream}
     if how.remat == "budget":
@@ -208,6 +211,7 @@ def _block_table(at: Dims, seq_len_tokens: int, how: Kept) -> dict[str, int]:
             "attention output": at.q * size,
             "log-sum-exp of the attention": at.heads * FP32_BYTES,
             "gate": at.f * size,
+            **({"sum of o over tp": stream} if how.tp > 1 and not how.moves_inputs_again else {}),
             # A plain MLP's down is the sixth product, which is computed again.
             **({"output of down": stream} if at.n_mlp_matrices == 3 else {}),
         }
@@ -215,9 +219,9 @@ def _block_table(at: Dims, seq_len_tokens: int, how: Kept) -> dict[str, int]:
     n_wide = {"fused": 1, "eager": 2, "separate": 2}[how.elementwise] if at.n_mlp_matrices == 3 else 1
     kept = {
         "inputs of the norms": 2 * stream,
-        "input of q, k, v": stream,
+        "input of q, k, v": gathered,
         **_attention_table(at, seq_len_tokens, how),
-        "input of gate, up": stream,
+        "input of gate, up": gathered,
         "gate, up": (at.n_mlp_matrices - 1) * at.f * size,
         "activation function, product": n_wide * at.f * size,
     }
@@ -299,7 +303,7 @@ def _attention_table(at: Dims, seq_len_tokens: int, how: Kept) -> dict[str, int]
     kernel = cpu and not chunked
     kept = {
         "q after RoPE": at.q * size,
-        "k after RoPE, and v": how.gathered_kv * 2 * (at.q if kernel else at.kv) * size,
+        "k after RoPE, and v": int(how.gathered_kv * 2 * (at.q if kernel else at.kv) * size),
         "attention output": at.q * size * (2 if kernel else 1),
     }
     if chunked:

@@ -62,6 +62,8 @@ class Software:
         torch: copy, log-softmax, gradient; 1 where Megatron works in place; 0 in a kernel over the logits themselves.
     vocab_parallel_loss: the loss works on each tp rank's part of the vocabulary, else on logits gathered from all.
     stages_count_head: pipeline stages are cut so that the output head counts as layers, else blocks alone are counted.
+    moves_inputs_again: in backward the inputs of a block's products are gathered over tp, and keys and values moved
+        over cp, once more (Megatron), in place of keeping what forward gathered.
     fp8_inputs: under fp8 the inputs of matrix products wait for the backward pass in fp8, else in bf16.
     """
 
@@ -81,6 +83,7 @@ class Software:
     vocab_parallel_loss: bool = True
     fp8_inputs: bool = False
     stages_count_head: bool = True
+    moves_inputs_again: bool = False
 
     @property
     def flash_attention(self) -> bool:

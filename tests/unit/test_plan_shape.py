@@ -105,7 +105,10 @@ def test_without_flash_attention_a_block_keeps_the_bytes_of_korthikanti_without_
     assert sum(kept(PLAIN, tokens, **how).values()) == 32 * d + 5 * heads * tokens
     alone = kept(PLAIN, tokens, **how, tp=8, sequence_parallel=False)
     assert sum(alone.values()) == 8 * d + 24 * d // 8 + 5 * heads * tokens // 8
-    assert sum(kept(PLAIN, tokens, **how, tp=8).values()) == (32 * d + 5 * heads * tokens) // 8
+    split = kept(PLAIN, tokens, **how, tp=8, moves_inputs_again=True)
+    assert sum(split.values()) == (32 * d + 5 * heads * tokens) // 8
+    # What was gathered for q, k, v and for the first product of the MLP stays whole where it is not gathered again.
+    assert sum(kept(PLAIN, tokens, **how, tp=8).values()) == sum(split.values()) + 2 * 2 * d * 7 // 8
 
 
 def test_remat_keeps_the_input_of_the_block_or_every_second_product_too():
