@@ -24,7 +24,8 @@ def layers_by_stage(model: Model, n_stages: int, counts_head: bool = True) -> tu
 
     Args:
         n_stages: at least 1, at most model.n_layers.
-        counts_head: False for software that counts blocks alone.
+        counts_head: False for software that counts blocks alone, or embedding and head as a layer each: there the
+            ends may have a table alone, so that n_stages is at most n_layers + 2.
     """
     head = shape.n_table_parameters(model) / shape.n_block_matrix_parameters(model) if counts_head else 0.0
     return _layers_by_stage(model.n_layers, n_stages, head)
@@ -32,10 +33,14 @@ def layers_by_stage(model: Model, n_stages: int, counts_head: bool = True) -> tu
 
 @lru_cache(maxsize=1024)
 def _layers_by_stage(n_layers: int, n_stages: int, head: float) -> tuple[range, ...]:
-    if not 1 <= n_stages <= n_layers:
+    n_bare = max(0, n_stages - n_layers)
+    if n_stages < 1 or n_bare > (0 if head else 2):
         raise ValueError(f"{n_layers} layers do not make {n_stages} stages of at least one layer")
     if n_stages == 1:
         return (range(n_layers),)
+    if n_bare:
+        blocks = tuple(range(i, i + 1) for i in range(n_layers))
+        return (range(0),) * (n_bare - 1) + blocks + (range(0),)
     before = n_stages - 1
 
     def slowest(n_last: int) -> tuple[float, int]:

@@ -45,6 +45,11 @@ def test_stages_are_all_layers_in_order_and_the_slowest_could_not_be_faster(n_la
 def test_more_stages_than_layers_are_refused():
     with pytest.raises(ValueError, match="do not make 33 stages"):
         layers_by_stage(LLAMA_8B, 33)
+    # Megatron may count embedding and head as layers: 32 blocks on 34 stages.
+    assert sizes(LLAMA_8B, 33, counts_head=False) == [1] * 32 + [0]
+    assert sizes(LLAMA_8B, 34, counts_head=False) == [0] + [1] * 32 + [0]
+    with pytest.raises(ValueError, match="do not make 35 stages"):
+        layers_by_stage(LLAMA_8B, 35, counts_head=False)
 
 
 @pytest.mark.parametrize(
