@@ -16,6 +16,7 @@ from aifactory_train.plan.constants import CONSTANTS, Constants
 from aifactory_train.plan.contract import Layout
 from aifactory_train.plan.network import PCIE_BYTES_PER_S, AxisLink, axis_links, collective_s
 from aifactory_train.plan.stages import V_SCHEDULES, layers_by_rank
+from aifactory_train.plan.traffic import Held, Transfer, reduces_each, traffic
 from aifactory_train.plan.work import OURS, Software, Work
 
 # Per weight of the rank's share: gradient, fp32 weight and two moments read, weight and moments written, the working
@@ -68,12 +69,13 @@ def estimate_step_time_s(
     links = axis_links(machine, layout, constants)
     compute = _compute(work, layout, software, pace)
     n_micro = layout.accumulation
-    tp_s = _tensor_parallel_s(work, layout, software, links["tp"], compute.n_blocks, constants)
-    cp_s = _context_parallel_s(work, layout, links["cp"], compute, constants)
-    transfer_s = _pipeline_transfer_s(work, layout, links["pp"])
+    moved = _Moved(traffic(work, layout, software, _slowest(layout, compute)), links, layout)
+    tp_s = _tensor_parallel_s(moved, software, constants)
+    cp_s = _context_parallel_s(moved, compute, constants)
+    transfer_s = moved.micro_s("pp")
     micro_s = compute.total_s + tp_s + cp_s + transfer_s
     fill = _fill(layout, compute)
-    data_parallel_s = _data_parallel_s(work, layout, software, links, micro_s, constants)
+    data_parallel_s = _data_parallel_s(moved, layout, software, compute.n_blocks, micro_s, constants)
     terms = {
         "matmul": n_micro * compute.matmul_s,
         "attention": n_micro * compute.attention_s,
@@ -161,92 +163,73 @@ def _recomputed_s(block: Forward, layout: Layout, software: Software) -> float:
     return block.second_gemms_s + block.elementwise_s + block.gaps_s if layout.remat == "selective" else 0.0
 
 
-def _tokens(work: Work, layout: Layout) -> float:
-    return layout.micro_batch_rows * work.seq_len_tokens / layout.cp
+class _Moved:
+    """Seconds of the collectives of one rank."""
+
+    def __init__(self, transfers: tuple[Transfer, ...], links: dict[str, AxisLink], layout: Layout) -> None:
+        self.transfers, self.links, self.n_micro = transfers, links, layout.accumulation
+
+    def step_s(self, axis: str, *kinds: str) -> float:
+        """Per step, of some kinds or of all."""
+        link = self.links[axis]
+        return sum(
+            t.times * collective_s(t.kind, t.n_bytes, link)
+            for t in self.transfers
+            if t.axis == axis and (not kinds or t.kind in kinds)
+        )
+
+    def micro_s(self, axis: str, *kinds: str) -> float:
+        """The same per micro-batch."""
+        return self.step_s(axis, *kinds) / self.n_micro
 
 
-def _tensor_parallel_s(
-    work: Work, layout: Layout, software: Software, link: AxisLink, n_blocks: int, constants: Constants
-) -> float:
-    """Per micro-batch of one stage: each block gathers and scatters its activations twice forward, twice backward.
+def _slowest(layout: Layout, compute: _Compute) -> Held:
+    """The rank of pp that sets the pace, which has neighbours on both sides or waits for the one it has as long."""
+    has_head = compute.head_s > 0
+    in_v = layout.pipeline_schedule in V_SCHEDULES
+    return Held(compute.n_blocks, layout.pp == 1 or (has_head and in_v), has_head, 2 * layout.stages_per_rank)
 
-    With sequence parallel the backward pass gathers the inputs of its two products once more. Full remat repeats the
-    forward's.
-    """
-    if layout.tp == 1:
-        return 0.0
-    n_bytes = _tokens(work, layout) * work.model.hidden_size * shape.BYTES[layout.precision]
-    gather_s, scatter_s = (collective_s(kind, n_bytes, link) for kind in ("all_gather", "reduce_scatter"))
-    pair_s = gather_s + scatter_s
-    n_pairs = 4 + (2 if layout.remat == "full" else 0)
-    again_s = 2 * gather_s if software.sequence_parallel else 0.0
+
+def _tensor_parallel_s(moved: _Moved, software: Software, constants: Constants) -> float:
+    """Per micro-batch of one stage; what the software hides are gathers and scatters, by pieces of their products."""
     hidden = constants.tp_overlap_frac if software.overlap_tp else 0.0
-    seconds = n_blocks * (n_pairs * pair_s + again_s) * (1 - hidden)
-    if not software.vocab_parallel_loss:
-        logits_bytes = _tokens(work, layout) * work.model.vocab_size * shape.BYTES[layout.precision]
-        seconds += collective_s("all_gather", logits_bytes, link)
-    return seconds
+    streams_s = moved.micro_s("tp", "all_gather", "reduce_scatter")
+    return streams_s * (1 - hidden) + moved.micro_s("tp", "all_reduce")
 
 
-def _context_parallel_s(work: Work, layout: Layout, link: AxisLink, compute: _Compute, constants: Constants) -> float:
-    """Per micro-batch of one stage: keys and values of the whole row reach each rank, and their gradients return."""
-    if layout.cp == 1:
-        return 0.0
-    model = work.model
-    kv_heads = model.n_kv_heads / min(layout.tp, model.n_kv_heads)
-    row_bytes = layout.micro_batch_rows * work.seq_len_tokens * 2 * kv_heads * model.head_size
-    row_bytes *= shape.BYTES[layout.precision]
-    n_gathers = 2 + (1 if layout.remat == "full" else 0)
-    gather_s = collective_s("all_gather", row_bytes, link)
-    seconds = compute.n_blocks * (n_gathers * gather_s + collective_s("reduce_scatter", row_bytes, link))
+def _context_parallel_s(moved: _Moved, compute: _Compute, constants: Constants) -> float:
+    """Per micro-batch of one stage, as far as the attention does not hide it."""
+    seconds = moved.micro_s("cp")
     return max(seconds - constants.cp_overlap_frac * compute.attention_s, (1 - constants.cp_overlap_frac) * seconds)
 
 
-def _pipeline_transfer_s(work: Work, layout: Layout, link: AxisLink) -> float:
-    """Per micro-batch of one stage: its output goes on, its input's gradient back, for each of its parts."""
-    if layout.pp == 1:
-        return 0.0
-    n_bytes = _tokens(work, layout) * work.model.hidden_size * shape.BYTES[layout.precision] / layout.tp
-    return 2 * layout.stages_per_rank * collective_s("send", n_bytes, link)
-
-
 def _data_parallel_s(
-    work: Work,
-    layout: Layout,
-    software: Software,
-    links: dict[str, AxisLink],
-    micro_s: float,
-    constants: Constants,
+    moved: _Moved, layout: Layout, software: Software, n_blocks: int, micro_s: float, constants: Constants
 ) -> float:
     """Per step: gathers of weights and reductions of gradients, as far as no computation hides them.
 
-    FSDP (zero_stage 3) gathers block by block in each micro-batch, hidden behind it; gradients are reduced in the
-    last one, or in each where the layout says so (ZeRO 2 too). ZeRO 1 and 2 gather the weights once after the
-    optimizer and reduce beside the last backward pass.
+    What happens in each micro-batch hides behind it, and what happens once behind the last one. But in a pipeline
+    FSDP reduces after the last backward pass.
     """
-    if layout.dp * layout.cp == 1:
-        return 0.0
-    n_weights = shape.n_parameters(work.model) / (layout.tp * layout.pp)
-    weight_bytes = n_weights * shape.BYTES[layout.precision]
-    gradient_bytes = n_weights * (shape.BYTES["fp32"] if software.fp32_gradients else shape.BYTES[layout.precision])
-    n_layers = work.model.n_layers / layout.pp
-    fsdp, replicate = links["fsdp"], links["dp_replicate"]
-    # Block by block, or in buckets of about that size: each pays the latency of its ring.
-    gather_s = n_layers * collective_s("all_gather", weight_bytes / n_layers, fsdp)
+    n_others, fsdp = layout.accumulation - 1, layout.zero_stage == 3
+    gather_s, scatter_s = moved.step_s("fsdp", "all_gather"), moved.step_s("fsdp", "reduce_scatter")
+    once_s, each_s = moved.step_s("dp_replicate"), 0.0
+    if fsdp and layout.reshard_after_forward:
+        each_s += gather_s / layout.accumulation
+    else:
+        once_s += gather_s
     if software.gathers_by_broadcast:
-        gather_s += layout.shard_degree * constants.broadcast_s
-    reduce_s = n_layers * collective_s("reduce_scatter", gradient_bytes / n_layers, fsdp)
-    if layout.dp_replicate > 1:
-        part_bytes = gradient_bytes / layout.shard_degree / n_layers
-        reduce_s += n_layers * collective_s("all_reduce", part_bytes, replicate)
-    each = layout.reduce_each_micro_batch
-    if layout.zero_stage == 3 or (layout.zero_stage == 2 and each):
-        gathers_s = gather_s * (2 if layout.reshard_after_forward else 1)
-        again_s = gathers_s if layout.reshard_after_forward else 0.0
-        again_s += reduce_s if each else 0.0
-        last_s = _exposed_s(gathers_s + reduce_s, micro_s, software, constants, n_layers)
-        return last_s + (layout.accumulation - 1) * _exposed_s(again_s, micro_s, software, constants, n_layers)
-    return _exposed_s(gather_s + reduce_s, micro_s, software, constants, n_layers)
+        once_s += layout.shard_degree * constants.broadcast_s
+    if reduces_each(layout):
+        each_s += scatter_s / layout.accumulation
+    else:
+        once_s += scatter_s
+    bare_s = 0.0
+    if fsdp and layout.pp > 1:
+        bare_s = scatter_s + moved.step_s("dp_replicate")
+        once_s -= bare_s
+    others_s = n_others * _exposed_s(each_s, micro_s, software, constants, n_blocks)
+    return others_s + _exposed_s(each_s + once_s, micro_s, software, constants, n_blocks) + bare_s
 
 
 def _exposed_s(seconds: float, window_s: float, software: Software, constants: Constants, n_parts: float) -> float:

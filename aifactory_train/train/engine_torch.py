@@ -106,9 +106,13 @@ class TorchEngine:
         return loss_sum
 
     def _reduce_gradients(self, root: FSDPModule, is_last: bool) -> None:
-        """Copies of shards (dp_replicate) exchange sums in the last micro-batch, however often shards are made."""
+        """Copies of shards (dp_replicate) exchange sums in the last micro-batch, however often shards are made.
+
+        Weights that stay gathered after forward stay so until the last backward pass: one gather per step.
+        """
         root.set_requires_gradient_sync(is_last or self.plan.layout.reduce_each_micro_batch)
         root.set_requires_all_reduce(is_last)
+        root.set_reshard_after_backward(is_last or self.plan.layout.reshard_after_forward)
 
     def _tensors(self, batch: Batch, rows: slice) -> tuple[Tensor | None, ...]:
         """(input, target, document, position) of some rows on the device; where cp splits rows, of this rank's tokens.

@@ -119,7 +119,8 @@ def software_of(row: Mapping[str, str]) -> tuple[Software, bool]:
     """The software of a row, and whether its framework is in the table."""
     found = next((sw for pattern, sw, _ in FRAMEWORKS if re.search(pattern, row["framework"])), None)
     software = UNKNOWN if found is None else found
-    changes: dict[str, object] = {"stages_count_head": False}  # an opt-in where it exists at all
+    # Counting the head is an opt-in where it exists at all; Megatron's backward passes gather and pass on once more.
+    changes: dict[str, object] = {"stages_count_head": False, "moves_inputs_again": True}
     if row["seq_parallel"]:
         changes["sequence_parallel"] = row["seq_parallel"].startswith("yes")
     elif re.search(r"DeepSpeed|InternEvo|PaddleNLP|GPT-NeoX", row["framework"]):

@@ -160,14 +160,34 @@ def test_full_remat_is_one_more_forward_of_all_blocks_and_selective_every_second
     assert "recomputation" not in terms()
 
 
-def test_tensor_parallel_gathers_and_scatters_four_times_a_block_and_gathers_twice_more():
-    # Of 2000 x 1000 x 2 bytes 4/5 leave each rank, 4 x 2 + 2 times a block.
-    found = terms(tp=5, at=machine(per_node=8))
-    once_s = 4 / 5 * 2000 * 1000 * 2 / rate_of("tp", tp=5)
-    assert found["tensor_parallel"] == pytest.approx(8 * 4 * 10 * once_s)
-    assert terms(tp=5, remat="full")["tensor_parallel"] == pytest.approx(8 * 4 * 14 * once_s)
+def test_tensor_parallel_gathers_and_scatters_four_times_a_block_and_once_at_each_end():
+    # Of 2000 x 1000 x 2 bytes 4/5 leave each rank.
+    link_bytes_per_s = rate_of("tp", tp=5)
+    once_s = 4 / 5 * 2000 * 1000 * 2 / link_bytes_per_s
+    # All-reduces send twice 4/5: three fp32 numbers for each of 2000 tokens of the loss, and once per step 9 norms.
+    small_s = 2 * 4 / 5 * (8 * 3 * 2000 * 4 + 9 * 1000 * 4) / link_bytes_per_s
+    assert terms(tp=5)["tensor_parallel"] == pytest.approx(8 * (4 * 8 + 4) * once_s + small_s)
+    # Full remat gathers both inputs again and sums up what o makes; selective keeps the sums.
+    assert terms(tp=5, remat="full")["tensor_parallel"] == pytest.approx(8 * (4 * 11 + 4) * once_s + small_s)
+    assert terms(tp=5, remat="selective")["tensor_parallel"] == pytest.approx(8 * (4 * 10 + 4) * once_s + small_s)
     overlapped = dataclasses.replace(OURS, overlap_tp=True)
-    assert terms(tp=5, software=overlapped)["tensor_parallel"] == pytest.approx(8 * 4 * 10 * once_s / 2)
+    found = terms(tp=5, software=overlapped)["tensor_parallel"]
+    assert found == pytest.approx(8 * (4 * 8 + 4) * once_s / 2 + small_s)
+
+
+def test_megatron_gathers_once_more_what_it_did_not_keep_and_sums_logits_only_where_it_is_told():
+    link_bytes_per_s = rate_of("tp", tp=5)
+    once_s = 4 / 5 * 2000 * 1000 * 2 / link_bytes_per_s
+    again = dataclasses.replace(OURS, moves_inputs_again=True)
+    plain = terms(tp=5)["tensor_parallel"]
+    for remat, more in (("none", 2), ("selective", 2), ("full", 5)):
+        found = terms(tp=5, software=again, remat=remat)["tensor_parallel"]
+        assert found == pytest.approx(plain + 8 * 4 * more * once_s)
+    alike = dataclasses.replace(again, sequence_parallel=False)
+    assert terms(tp=5, software=alike)["tensor_parallel"] == pytest.approx(plain)
+    whole = dataclasses.replace(OURS, vocab_parallel_loss=False)
+    logits_s = 8 * (4 / 5 * 2000 * 10_000 * 2 - 2 * 4 / 5 * 3 * 2000 * 4) / link_bytes_per_s
+    assert terms(tp=5, software=whole)["tensor_parallel"] == pytest.approx(plain + logits_s)
 
 
 def test_an_empty_pipeline_waits_for_as_many_micro_batches_as_it_has_stages_less_one():
@@ -199,10 +219,11 @@ def test_a_pipeline_sends_activations_on_and_gradients_back():
 
 def test_what_data_parallelism_sends_and_no_computation_hides_is_waited_for():
     never = dataclasses.replace(OURS, overlap_dp=False)
-    # 2 gathers of bf16 weights in each of 4 micro-batches and one reduction of fp32 gradients: half of each leaves.
+    # Half leaves of 2 gathers of bf16 blocks and one of the rest in each of 4 micro-batches, and of one fp32 reduction.
     found = terms(dp_shard=2, accumulation=4, software=never)["data_parallel"]
     gather_s, reduce_s = (WEIGHTS * size / 2 / rate_of("fsdp", dp_shard=2) for size in (2, 4))
-    assert found == pytest.approx(4 * 2 * gather_s + reduce_s)
+    root_s = (2 * 10_000 * 1000 + 1000) * 2 / 2 / rate_of("fsdp", dp_shard=2)
+    assert found == pytest.approx(4 * (2 * gather_s - root_s) + reduce_s)
     # Left gathered, the weights are gathered once a step; ZeRO 1 does the same after its optimizer.
     kept = terms(dp_shard=2, accumulation=4, software=never, reshard_after_forward=False)["data_parallel"]
     assert kept == pytest.approx(gather_s + reduce_s)
@@ -215,9 +236,18 @@ def test_what_data_parallelism_sends_and_no_computation_hides_is_waited_for():
     )  # fmt: skip
     assert split["data_parallel"] == pytest.approx(gather_s + 4 * reduce_s)
     each = {"dp_shard": 2, "accumulation": 4, "reduce_each_micro_batch": True}
-    assert terms(software=never, **each)["data_parallel"] == pytest.approx(4 * (2 * gather_s + reduce_s))
+    assert terms(software=never, **each)["data_parallel"] == pytest.approx(4 * (2 * gather_s - root_s + reduce_s))
     kept = terms(software=never, reshard_after_forward=False, **each)["data_parallel"]
     assert kept == pytest.approx(gather_s + 4 * reduce_s)
+
+
+def test_a_pipeline_reduces_after_its_last_backward_pass_where_nothing_hides_it():
+    # The slowest of 2 ranks has 2 blocks and the head; all of what it gathers hides but for one of 2 blocks.
+    free = {"pp": 2, "dp_shard": 2, "accumulation": 8}
+    n_weights = 2 * (BLOCK_WEIGHTS + 2 * 1000) + 10_000 * 1000 + 1000
+    gather_s, reduce_s = (n_weights * size / 2 / rate_of("fsdp", **free) for size in (2, 4))
+    kept = terms(reshard_after_forward=False, **free)["data_parallel"]
+    assert kept == pytest.approx(gather_s / 2 + reduce_s)
 
 
 def test_replicas_all_reduce_their_shards_and_some_software_broadcasts_its_weights():
@@ -305,10 +335,18 @@ def test_data_and_checkpoints_cross_the_host_link():
 def test_context_parallel_hides_behind_the_attention():
     free = dataclasses.replace(PLAIN, cp_overlap_frac=1e-12)
     bare = terms(cp=2, constants=free)["context_parallel"]
-    # 4 blocks x (2 gathers + 1 reduction) of keys and values of a row, 2 x 500 wide, half of which leaves.
-    assert bare == pytest.approx(8 * 4 * 3 * 2000 * 2 * 500 * 2 / 2 / rate_of("cp", cp=2))
+    # 4 blocks x (1 gather + 1 reduction) of keys and values of a row, 2 x 500 wide, half of which leaves.
+    assert bare == pytest.approx(8 * 4 * 2 * 2000 * 2 * 500 * 2 / 2 / rate_of("cp", cp=2))
     again = terms(cp=2, constants=free, remat="full")["context_parallel"]
-    assert again == pytest.approx(bare * 4 / 3)
+    assert again == pytest.approx(bare * 3 / 2)
+    # A ring of two passes its half on once, and Megatron's passes it on again in backward.
+    assert terms(cp=2, constants=free, cp_attention="ring")["context_parallel"] == pytest.approx(bare)
+    megatron = dataclasses.replace(OURS, moves_inputs_again=True)
+    found = terms(cp=2, constants=free, cp_attention="ring", software=megatron)["context_parallel"]
+    assert found == pytest.approx(bare * 3 / 2)
+    # Ulysses moves q, k, v and the output, 3000 wide, of its half of the tokens, and keeps half of that.
+    ulysses = terms(cp=2, constants=free, cp_attention="ulysses")["context_parallel"]
+    assert ulysses == pytest.approx(8 * 4 * 2 * 2000 / 2 * 3000 * 2 / 2 / rate_of("cp", cp=2))
     assert terms(cp=2)["context_parallel"] == pytest.approx(max(bare - 0.5 * terms(cp=2)["attention"], 0.5 * bare))
 
 
