@@ -27,7 +27,7 @@ PIP_LINES := sed -u -n -E -e 's/^ *(Downloading|Using cached) ([^ ]+) (\(.*\)).*
 PIP_INSTALL = $(BIN)/pip install --disable-pip-version-check --no-input --progress-bar off -c $(VENV)/constraints.txt
 title = @printf '\n== %s\n' '$(1)'
 
-.PHONY: help demo test parity check launchers bench-peers plan-accuracy clean
+.PHONY: help demo test parity check launchers bench-peers plan-accuracy gpu-check clean
 help:
 	@echo 'make demo         from text to a trained, exported, sampled language model (2 CPU ranks, or the GPU)'
 	@echo 'make test         all tests that need no GPU'
@@ -35,6 +35,7 @@ help:
 	@echo 'make check        format, types, house rules, fast tests: under a minute'
 	@echo 'make bench-peers  our tokens/s beside those of transformers.Trainer, measured in turns'
 	@echo 'make plan-accuracy  the planner beside published runs, with fits (4 minutes); ROWS=FILE.csv: other rows, no fit'
+	@echo 'make gpu-check    one GPU, 8 minutes: parity, memory, host syncs and speed into benchmarks/results/'
 	@echo 'make launchers    render launchers/*.sbatch anew from configs/machines/'
 	@echo 'make clean        remove .venv, builds and caches; runs/ and prepared/ stay'
 
@@ -75,6 +76,9 @@ bench-peers: $(VENV)/.installed-test
 	@$(RUN) prepare $(YARDSTICK)
 	$(call title,compare: ours and transformers.Trainer in turns)
 	@$(BIN)/python benchmarks/peers/compare.py
+
+gpu-check: $(VENV)/.installed-test
+	@$(BIN)/python -m benchmarks.gpu_check
 
 # One thread per process: the fits run side by side.
 plan-accuracy: $(VENV)/.installed-test
