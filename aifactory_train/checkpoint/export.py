@@ -72,7 +72,7 @@ def export_run(run: RunDir, plan: Plan) -> str:
         CheckpointError: no commit, a damaged one, or one of another model.
     """
     model = plan.recipe.model
-    dtype = torch.bfloat16 if plan.layout.precision == "bf16" else torch.float32
+    dtype = torch.float32 if plan.layout.precision == "fp32" else torch.bfloat16
     steps = committed_steps(run.checkpoints)
     if not steps:
         raise CheckpointError(

@@ -2,13 +2,34 @@
 
 from __future__ import annotations
 
+import torch
+
+from aifactory_train.errors import PlanError
 from aifactory_train.models.parts import ModelParts
 from aifactory_train.parallel.context import apply_context_parallel
 from aifactory_train.parallel.mesh import Mesh
+from aifactory_train.parallel.precision import apply_precision
 from aifactory_train.parallel.remat import apply_remat
 from aifactory_train.parallel.shard import apply_fsdp
 from aifactory_train.parallel.tensor import apply_tensor_parallel
 from aifactory_train.plan.contract import Layout
+
+# The first whose pipelines, DTensors and flex_attention have what these axes call; older ones were never tried.
+AXES_NEED_TORCH = (2, 13)
+
+
+def refuse_old_torch(layout: Layout) -> None:
+    """Raise PlanError where the layout has axes that the torch of this environment is too old for."""
+    axes = [f"{axis} {getattr(layout, axis)}" for axis in ("pp", "cp", "tp") if getattr(layout, axis) > 1]
+    if axes and tuple(map(int, torch.__version__.split(".")[:2])) < AXES_NEED_TORCH:
+        least = ".".join(map(str, AXES_NEED_TORCH))
+        error = PlanError(
+            f"{', '.join(axes)}: needs torch {least} or newer, this is {torch.__version__}",
+            where="plan.json: layout",
+            do="--set layout.pp=1 --set layout.cp=1 --set layout.tp=1, or a newer torch",
+        )
+        error.on_every_rank = True
+        raise error
 
 
 def apply_parallelism(parts: ModelParts, mesh: Mesh, layout: Layout, seq_len_tokens: int) -> None:
@@ -17,6 +38,7 @@ def apply_parallelism(parts: ModelParts, mesh: Mesh, layout: Layout, seq_len_tok
     Linears change before they are split, split ones are recomputed, and all of that is compiled; FSDP's hooks stay
     outside of the compiled region.
     """
+    apply_precision(parts, layout)
     if layout.tp > 1:
         apply_tensor_parallel(parts, mesh.weights["tp"])
     if layout.cp > 1:

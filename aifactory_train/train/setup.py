@@ -27,8 +27,9 @@ from aifactory_train.faults.stopflag import StopFlag
 from aifactory_train.metrics.meter import Meter
 from aifactory_train.metrics.sinks import Sinks
 from aifactory_train.models.decoder import Decoder, init_weights
-from aifactory_train.parallel.apply import apply_parallelism
+from aifactory_train.parallel.apply import apply_parallelism, refuse_old_torch
 from aifactory_train.parallel.mesh import build_mesh
+from aifactory_train.parallel.precision import refuse_fp8
 from aifactory_train.plan.placement import device_of
 from aifactory_train.plan.plan import Plan, load_plan
 from aifactory_train.plan.stages import layers_by_stage, stages_of_rank
@@ -93,6 +94,8 @@ def build_run(
     torch.set_num_threads(plan.layout.threads_per_rank)
     join(ranks, device, timeout_s)
     refuse_untrainable(plan.layout, where=str(folder.plan))
+    refuse_old_torch(plan.layout)
+    refuse_fp8(plan.layout, device)
     torch.manual_seed(plan.recipe.train.seed + ranks.rank)
 
     held = _hold_folder(folder, ranks)
