@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from functools import partial, partialmethod
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 
 from aifactory_train.parallel import context, pipeline, tensor
 from aifactory_train.train import engine_torch
@@ -40,8 +39,8 @@ def _twice_backward(original: Callable[..., Tensor], x: Tensor, *args: Any, **kw
     return 2 * y - y.detach()
 
 
-def _never(original: Callable[..., None], module: FSDPModule, is_last: bool) -> None:
-    original(module, False)
+def _only_scalars(all_reduce: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    return None if x.ndim else all_reduce(x, *args, **kwargs)
 
 
 def _in_order(layout: Any, seq_len_tokens: int, cp_rank: int) -> Tensor:
@@ -61,18 +60,10 @@ def _replaced(target: Any, name: str, fault: Callable[..., Any]) -> Callable[[],
     return lambda: patch.object(target, name, partial(fault, getattr(target, name)))
 
 
-def _method(cls: type, name: str, fault: Callable[..., Any]) -> Callable[[], AbstractContextManager[Any]]:
-    return lambda: patch.object(cls, name, partialmethod(_of_instance, fault, getattr(cls, name)))
-
-
-def _of_instance(instance: Any, fault: Callable[..., Any], original: Callable[..., Any], *args: Any) -> Any:
-    return fault(original, instance, *args)
-
-
 FAULTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "tokens_of_own_rows_counted": _replaced(engine_torch.dist, "all_reduce", _not_for_scalars),
     "shards_not_summed": lambda: patch.object(dist, "reduce_scatter_single", _own_shard),
-    "copies_not_summed": _method(FSDPModule, "set_requires_all_reduce", _never),
+    "copies_not_summed": _replaced(dist, "all_reduce", _only_scalars),
     "gradients_of_keys_stay": _replaced(context, "_all_gather", _own_gradient_only),
     "ring_passes_gradients_twice": _replaced(context, "_pass_on", _twice_backward),
     "heads_return_gradients_twice": _replaced(context, "_exchange", _twice_backward),
