@@ -174,7 +174,7 @@ FAULTY = [
     Case(dp_shard=2, fault="shards_not_summed"),
     Case(dp_replicate=2, fault="copies_not_summed"),
     Case(cp=2, fault="gradients_of_keys_stay"),
-    Case(cp=2, cp_attention="ring", fault="ring_passes_gradients_twice"),
+    Case(cp=2, cp_attention="ring", fault="gradients_lost_in_the_ring"),
     Case(cp=2, cp_attention="ulysses", fault="heads_return_gradients_twice"),
     Case(cp=2, fault="tokens_in_order_under_a_balanced_mask"),
     Case(tp=2, fault="hidden_gradient_of_own_words"),
