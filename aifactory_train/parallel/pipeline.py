@@ -93,8 +93,8 @@ def build_pipeline(plan: Plan, stages: list[ModelParts], mesh: Mesh, device: tor
 
     Collective over axis pp: every rank arrives.
     """
-    layout, group = plan.layout, mesh.rows["pp"].get_group()
-    rank, n_stages = mesh.rows["pp"].get_local_rank(), layout.pp * layout.stages_per_rank
+    layout, group = plan.layout, mesh.rows.get_group("pp")
+    rank, n_stages = mesh.rows.get_local_rank("pp"), layout.pp * layout.stages_per_rank
     numbers = stages_of_rank(layout, rank)
     built = []
     for number, parts in zip(numbers, stages, strict=True):

@@ -32,7 +32,7 @@ def apply_tensor_parallel(parts: ModelParts, mesh: DeviceMesh) -> None:
         mesh: axis tp alone, of the same root mesh as FSDP's.
 
     Raises:
-        PlanError: a block has modules that its `tp_plan` does not say how to split.
+        PlanError: a block has modules that its `tp_plan` does not say how to split, or tp does not divide a size.
     """
     for block in parts.blocks:
         parallelize_module(block, mesh, _block_styles(block, parts.tp_plan))
@@ -44,8 +44,21 @@ def apply_tensor_parallel(parts: ModelParts, mesh: DeviceMesh) -> None:
         parallelize_module(parts.norm, mesh, SequenceParallel(sequence_dim=TOKEN_DIM))
         parts.norm.register_forward_hook(_gather_output)
         table = (parts.head or parts.embed).weight  # type: ignore[union-attr]
-        _, first_word = Shard.local_shard_size_and_offset(table.shape[0], mesh.size(), mesh.get_local_rank())
+        first_word = mesh.get_local_rank() * (table.shape[0] // mesh.size())
         parts.root.chunk_loss = VocabularyParallelChunkLoss(first_word, mesh.get_group())
+    _refuse_uneven(parts.root, mesh.size())
+
+
+def _refuse_uneven(root: nn.Module, tp: int) -> None:
+    """Where tp ranks have unlike shares, DTensor and FSDP2 cut these at unlike rows: 1021 rows over tp 2, fsdp 3."""
+    for name, parameter in root.named_parameters():
+        dims = [placement.dim for placement in parameter.placements if placement.is_shard()]  # type: ignore[attr-defined]
+        if any(parameter.shape[dim] % tp for dim in dims):
+            raise PlanError(
+                f"{name} is {tuple(parameter.shape)}, and tp {tp} does not divide dim {dims[0]}",
+                where="layout.tp",
+                do="--set layout.tp=1, or another size",
+            )
 
 
 def _block_styles(block: nn.Module, tp_plan: dict[str, str]) -> dict[str, ParallelStyle]:

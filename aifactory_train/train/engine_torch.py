@@ -35,7 +35,7 @@ class TorchEngine:
         self.plan, self.stages, self.mesh, self.device = plan, stages, mesh, device
         self.optimizers = build_optimizers(stages, plan.recipe.optim, DTYPES[plan.layout.precision])
         self.pipeline = build_pipeline(plan, stages, mesh, device) if plan.layout.pp > 1 else None
-        rank, n_tokens = mesh.rows["cp"].get_local_rank(), plan.recipe.data.seq_len_tokens
+        rank, n_tokens = mesh.rows.get_local_rank("cp"), plan.recipe.data.seq_len_tokens
         self.tokens_T = local_tokens(plan.layout, n_tokens, rank).to(device) if plan.layout.cp > 1 else None
         self.named_parameters = {n: p for stage in stages for n, p in stage.root.named_parameters()}
         # What makes the gradient norm, and on how many ranks of tp the same weight is.
@@ -82,14 +82,14 @@ class TorchEngine:
         layout = self.plan.layout
         n_valid_tokens = torch.full((), float(batch.n_valid_tokens), device=self.device)  # no copy, so no sync
         # Axis dp: every rank has a batch at every step. Ranks that differ in pp, cp or tp alone have the same rows.
-        dist.all_reduce(n_valid_tokens, group=self.mesh.rows["dp"].get_group())
+        dist.all_reduce(n_valid_tokens, group=self.mesh.rows.get_group("dp"))
         # FSDP averages over its ranks; times their number makes it the sum that the count divides.
         scale = layout.dp_replicate * layout.shard_degree / n_valid_tokens
         if self.pipeline is not None:
             loss_sum = self.pipeline.forward_backward(self._tensors(batch, slice(None)), scale)
         else:
             loss_sum = self._accumulate(batch, scale)
-        if self.mesh.rows["tp"].get_local_rank() > 0:
+        if self.mesh.rows.get_local_rank("tp") > 0:
             loss_sum.zero_()  # all ranks of tp have the same loss, which counts once
         return loss_sum, n_valid_tokens
 
@@ -142,12 +142,12 @@ class TorchEngine:
         gradients = [local_tensor(p.grad) for p in self.counted]
         squares = torch.stack(torch._foreach_norm(gradients)).square() / self.tp_copies
         # Axis fsdp, then tp and pp: every rank arrives, each of tp and pp with as many weights as its group.
-        dist.all_reduce(squares, group=self.mesh.weights["fsdp"].get_group())
+        dist.all_reduce(squares, group=self.mesh.weights.get_group("fsdp"))
         norm = torch.linalg.vector_norm(squares.sqrt())
         for axis in ("tp", "pp"):
             if getattr(self.plan.layout, axis) > 1:
                 square = norm.square()
-                dist.all_reduce(square, group=self.mesh.weights[axis].get_group())
+                dist.all_reduce(square, group=self.mesh.weights.get_group(axis))
                 norm = square.sqrt()
         return norm
 

@@ -93,9 +93,7 @@ def build_run(
     bind_cores(plan, ranks)
     torch.set_num_threads(plan.layout.threads_per_rank)
     join(ranks, device, timeout_s)
-    refuse_untrainable(plan.layout, where=str(folder.plan))
-    refuse_old_torch(plan.layout)
-    refuse_fp8(plan.layout, device)
+    _refuse(plan, device, where=str(folder.plan))
     torch.manual_seed(plan.recipe.train.seed + ranks.rank)
 
     held = _hold_folder(folder, ranks)
@@ -136,6 +134,13 @@ def build_run(
     meter = Meter(plan, device, attempt)
     stop = StopAgreement(stop_flag)
     return Run(folder, plan, ranks, engine, loader, meter, sinks, checkpoints, stop, deadline, first_step, held)
+
+
+def _refuse(plan: Plan, device: torch.device, where: str) -> None:
+    """Raise PlanError where this version, this torch or this device cannot train the layout."""
+    refuse_untrainable(plan.layout, where)
+    refuse_old_torch(plan.layout)
+    refuse_fp8(plan.layout, device)
 
 
 def _hold_folder(folder: RunDir, ranks: Ranks) -> ExitStack:
@@ -226,7 +231,7 @@ def build_engine(plan: Plan, device: torch.device, fresh: bool) -> TorchEngine:
     mesh = build_mesh(layout, device.type)
     layers = layers_by_stage(recipe.model, layout.pp * layout.stages_per_rank)
     with torch.device("meta"):
-        decoders = [Decoder(recipe.model, layers[s]) for s in stages_of_rank(layout, mesh.rows["pp"].get_local_rank())]
+        decoders = [Decoder(recipe.model, layers[s]) for s in stages_of_rank(layout, mesh.rows.get_local_rank("pp"))]
     stages = [decoder.parts() for decoder in decoders]
     for decoder, parts in zip(decoders, stages, strict=True):
         apply_parallelism(parts, mesh, layout, recipe.data.seq_len_tokens)
