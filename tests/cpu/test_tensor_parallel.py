@@ -43,7 +43,7 @@ def _check_all(rank: int, folder: Path) -> None:
     limit = timedelta(seconds=60)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD, timeout=limit)
     mesh, found = init_device_mesh("cpu", (WORLD,), mesh_dim_names=("tp",)), {}
-    for check in (_check_losses, _check_families, _check_collectives):
+    for check in (_check_losses, _check_families, _check_collectives, _check_refusal):
         try:
             check(mesh)
             found[check.__name__] = ""
@@ -94,11 +94,11 @@ def test_a_split_vocabulary_gives_the_plain_loss_and_gradient(faults):
 class FromTransformers(nn.Module):
     """A causal LM of transformers with the forward that ModelParts promises, in few lines."""
 
-    def __init__(self, family: str) -> None:
+    def __init__(self, family: str, n_words: int = N_WORDS + 1) -> None:
         super().__init__()
         import transformers
 
-        size = {"vocab_size": N_WORDS, "hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": 2}
+        size = {"vocab_size": n_words, "hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": 2}
         heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "attention_bias": family == "llama"}
         config = transformers.AutoConfig.for_model(family, **size, **heads, tie_word_embeddings=family == "qwen3")
         lm = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
@@ -178,6 +178,15 @@ def apply_to_block(mesh: DeviceMesh) -> Any:
 
 def test_a_block_gathers_twice_and_scatters_twice_in_each_direction(faults):
     assert not faults["_check_collectives"], faults["_check_collectives"]
+
+
+def _check_refusal(mesh: DeviceMesh) -> None:
+    with pytest.raises(PlanError, match=r"model.embed_tokens.weight is \(33, 32\), and tp 2 does not divide dim 0"):
+        apply_tensor_parallel(FromTransformers("llama", N_WORDS).parts(), mesh)
+
+
+def test_a_vocabulary_that_tp_does_not_divide_is_refused(faults):
+    assert not faults["_check_refusal"], faults["_check_refusal"]
 
 
 def test_a_block_that_its_plan_does_not_cover_is_refused(monkeypatch):
