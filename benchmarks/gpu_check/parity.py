@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch._dynamo.utils import counters
 
 from aifactory_train.errors import PlanError
-from aifactory_train.models.parts import local_tensor
+from aifactory_train.models.parts import copy_into, local_tensor
 from aifactory_train.parallel.precision import refuse_fp8
+from aifactory_train.train.engine_torch import TorchEngine
 from benchmarks.gpu_check.setting import Sizes, a_recipe, built, one_device, plan_of, random_batch, this_machine
 
 STEPS = 3
@@ -20,19 +20,20 @@ STEPS = 3
 
 @dataclass(frozen=True)
 class Bounds:
-    """Largest relative error of the loss of a step, of a gradient norm, and of a weight matrix after all steps."""
+    """Largest relative error of the loss of a step, of a gradient norm, and of what all steps changed of a weight."""
 
     loss: float
     grad_norm: float
-    weights: float
+    change: float
 
 
-# Sums in another order (fp32, with TF32 off); 8 bits of mantissa; products of 4 bits of mantissa.
+# fp32, with TF32 off: sums in another order. The others: some three times what the same rounding gives on a CPU, where
+# fp8 is emulated (4e-5, 3e-3, 1.4e-2 in bf16; 4e-4, 1.1e-2, 0.15 in fp8).
 BOUNDS = {
     "fp32": Bounds(1e-5, 1e-4, 1e-4),
-    "bf16": Bounds(4e-3, 2e-2, 5e-3),
-    "fp8": Bounds(1e-2, 1e-1, 1e-2),
-    "fp8_rowwise": Bounds(1e-2, 1e-1, 1e-2),
+    "bf16": Bounds(2e-4, 1e-2, 4e-2),
+    "fp8": Bounds(1.2e-3, 3e-2, 0.4),
+    "fp8_rowwise": Bounds(1.2e-3, 3e-2, 0.4),
 }
 
 
@@ -71,7 +72,8 @@ CASES = (
 class Curve:
     loss: list[float]
     grad_norm: list[float]
-    weights: dict[str, torch.Tensor]
+    start: dict[str, torch.Tensor]
+    end: dict[str, torch.Tensor]
     n_recompiled: int
     n_fp8: int
 
@@ -94,14 +96,14 @@ def _row(case: Case, device: torch.device, sizes: Sizes, right: Curve, until_s: 
     except PlanError as refused:
         return row | {"passed": True, "refused": refused.what}
     try:
-        found = _curve(case, device, sizes)
+        found = _curve(case, device, sizes, right.start)
     except Exception as error:  # each case is told, and the others go on
         return row | {"fault": f"{type(error).__name__}: {error}"[:2000]}
     bounds = BOUNDS[case.precision]
     errors = {
         "loss": _worst(found.loss, right.loss),
         "grad_norm": _worst(found.grad_norm, right.grad_norm),
-        "weights": max(_distance(found.weights[name], whole) for name, whole in right.weights.items()),
+        "change": max(_distance(found.end[n] - found.start[n], right.end[n] - right.start[n]) for n in right.end),
     }
     faults = [f"{key} is off by {off:.2e}" for key, off in errors.items() if not off <= getattr(bounds, key)]
     if found.n_recompiled:
@@ -115,12 +117,16 @@ def _row(case: Case, device: torch.device, sizes: Sizes, right: Curve, until_s: 
     }  # fmt: skip
 
 
-def _curve(case: Case, device: torch.device, sizes: Sizes) -> Curve:
+def _curve(case: Case, device: torch.device, sizes: Sizes, start: dict[str, torch.Tensor] | None = None) -> Curve:
+    """start: weights to begin with. A GPU draws other random numbers than a CPU, so it takes those of the CPU."""
     precision = "fp32" if case.precision == "fp32" else "bf16"
     recipe = a_recipe(sizes.parity, sizes.parity_rows, sizes.parity_tokens, precision, case.documents)
     layout = one_device(sizes.parity_rows, sizes.parity_rows // 2, case.precision, case.remat, case.compiled)
     losses, norms, n_graphs = [], [], 0
     with built(plan_of(recipe, this_machine(device), layout), device) as engine:
+        for name, whole in (start or {}).items():
+            copy_into(engine.named_parameters[name], whole.to(device))
+        first = _weights(engine)
         engine.rehearse(random_batch(0, recipe, device))
         for step in range(1, STEPS + 1):
             stats = engine.train_step(random_batch(step, recipe, device), step)
@@ -128,11 +134,15 @@ def _curve(case: Case, device: torch.device, sizes: Sizes) -> Curve:
             norms.append(stats.grad_norm.item())
             if step == 1:
                 n_graphs = counters["stats"]["unique_graphs"]
-        weights = {n: local_tensor(p.detach()).cpu().clone() for n, p in engine.named_parameters.items()}
+        last = _weights(engine)
         modules = [module for parts in engine.stages for module in parts.root.modules()]
-    assert dist.get_world_size() == 1, "the local part of a weight is all of it"
     n_fp8 = sum(type(module).__name__ == "Float8Linear" for module in modules)
-    return Curve(losses, norms, weights, counters["stats"]["unique_graphs"] - n_graphs, n_fp8)
+    return Curve(losses, norms, first, last, counters["stats"]["unique_graphs"] - n_graphs, n_fp8)
+
+
+def _weights(engine: TorchEngine) -> dict[str, torch.Tensor]:
+    """A copy of each weight; in a run of one rank its part is the whole."""
+    return {n: local_tensor(p.detach()).cpu().clone() for n, p in engine.named_parameters.items()}
 
 
 def _worst(found: list[float], right: list[float]) -> float:

@@ -1,6 +1,7 @@
 """The check of a GPU on a CPU with tiny sizes: everything in it but CUDA itself."""
 
 import json
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -8,14 +9,17 @@ from dataclasses import replace
 import pytest
 import torch
 import torch._dynamo
+import torch.distributed as dist
 from torch import nn
 
 from aifactory_train.metrics import rates
 from aifactory_train.strictyaml import configs_dir
+from aifactory_train.train.ranks import find_ranks, join
 from benchmarks.gpu_check.__main__ import check, circumstances
-from benchmarks.gpu_check.parity import CASES
+from benchmarks.gpu_check.parity import CASES, Case, _curve, _row
 from benchmarks.gpu_check.setting import TINY, Sizes, gpu_sizes
 
+CPU = torch.device("cpu")
 SMALL = TINY.model_copy(update={"vocab_size": 256, "hidden_size": 64, "ffn_size": 128, "n_layers": 2, "head_size": 16})
 SMALL = SMALL.model_copy(update={"n_heads": 4, "n_kv_heads": 2})
 SIZES = Sizes(
@@ -31,7 +35,7 @@ def result():
         patch.setattr(nn.Module, "compile", lambda self, **how: compile_in_place(self, backend="aot_eager", **how))
         patch.setitem(rates.MATMUL_SIZE, "cpu", 64)
         patch.setitem(rates.COPY_BYTES, "cpu", 1 << 16)
-        found = check(torch.device("cpu"), SIZES)
+        found = check(CPU, SIZES)
     torch._dynamo.reset()
     torch._functorch.config.activation_memory_budget = 1.0
     return json.loads(json.dumps(found))
@@ -49,7 +53,19 @@ def test_every_case_of_parity_is_within_its_bounds_or_refused_with_the_reason(re
     assert [case["case"] for case in cases] == [case.name for case in CASES] and result["parity"]["passed"], cases
     refused = {case["case"].split()[0]: case["refused"] for case in cases if "refused" in case}
     assert set(refused) == {"fp8", "fp8_rowwise"} and all("needs a GPU" in why for why in refused.values())
-    assert all(case["errors"]["weights"] > 0 for case in cases if case["case"].startswith("bf16"))
+    assert all(case["errors"]["change"] > 0 for case in cases if case["case"].startswith("bf16"))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_forgotten_document_mask_is_beyond_the_bounds_of_parity(precision):
+    join(find_ranks(env={}), CPU)
+    try:
+        right = _curve(Case("fp32", True, False, "none"), CPU, SIZES)
+        forgotten = Case(precision, False, False, "none")
+        row = _row(forgotten, CPU, SIZES, right, until_s=math.inf)
+    finally:
+        dist.destroy_process_group()
+    assert not row["passed"] and "change is off" in row["fault"], row
 
 
 def test_a_step_has_its_rates_and_the_prediction_beside_them(result):
@@ -77,7 +93,7 @@ def test_a_fault_is_told_and_does_not_stop_the_other_parts(monkeypatch):
 
     monkeypatch.setattr("benchmarks.gpu_check.__main__.measure_parity", broken)
     monkeypatch.setattr("benchmarks.gpu_check.__main__.measure_memory", lambda *_: {"passed": True})
-    found = check(torch.device("cpu"), replace(SIZES, speed_layers=()))
+    found = check(CPU, replace(SIZES, speed_layers=()))
     assert not found["passed"] and "a kernel went wrong" in found["parity"]["error"][-1]
     assert found["step"]["fault"] == "no number of layers fits" and found["memory"]["passed"]
 
@@ -89,7 +105,7 @@ def test_the_sizes_for_a_gpu_are_llama_3_8b_at_4096_tokens():
 
 
 def test_circumstances_name_commit_versions_and_device():
-    facts = circumstances(torch.device("cpu"))
+    facts = circumstances(CPU)
     assert facts["git_sha"] and facts["versions"]["torch"] and facts["versions"]["torchao"] and facts["device"]["name"]
 
 
