@@ -55,9 +55,11 @@ $(MACHINE): | $(VENV)/.installed
 	$(call title,probe: what this machine can do)
 	@$(RUN) probe --out $@
 
-# Most tests wait for ranks that they have started: a second worker fills the cores meanwhile (groups: tests/conftest.py).
+# Most tests wait for ranks that they have started: a second worker fills the cores meanwhile. One file, one worker:
+# its tests share what it makes once. By file, as --dist loadgroup of pytest-xdist 3.8 groups nothing under pytest 9.2
+# (https://github.com/pytest-dev/pytest-xdist/issues/1386).
 test: $(VENV)/.installed-test $(VENV)/.installed-system
-	@$(BIN)/pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
+	@$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 parity: $(VENV)/.installed-test
 	@PARITY=all $(BIN)/pytest tests/parity/test_matrix.py

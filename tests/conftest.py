@@ -1,4 +1,4 @@
-"""What all tests share: their order, what one worker does alone, and the skip of GPU tests where there is no GPU."""
+"""What all tests share: the order (cheap before dear) and the skip of GPU tests where there is no GPU."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from training_runs import aifactory, write_corpus, write_recipe
 
-# Cheap before dear; but first of the dear ones that which one worker has to do alone (see `_group`).
+# Cheap before dear. With two workers, of which each takes the next file: first of the dear ones the longest file.
 ORDER = ("test_house.py", "test_promises.py", "unit", "golden", "slurm", "cpu", "parity", "gpu")
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in its own hook of that name
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
 
@@ -25,17 +24,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return item.path.relative_to(here).parts[0]
 
     items.sort(key=lambda item: ORDER.index(part(item)) if part(item) in ORDER else len(ORDER))
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(_group(item)))
     needs_gpu = [item for item in items if part(item) == "gpu" or item.get_closest_marker("gpu")]
     if needs_gpu and not _has_gpu():
         for item in needs_gpu:
             item.add_marker(pytest.mark.skip(reason="needs a GPU, torch sees none"))
-
-
-def _group(item: pytest.Item) -> str:
-    """One worker does all tests that share what is made once: by a file, or the Slurm of the session."""
-    return "cluster" if "cluster" in getattr(item, "fixturenames", ()) else str(item.path)
 
 
 def _has_gpu() -> bool:

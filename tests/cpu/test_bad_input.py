@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from aifactory_train.checkpoint.manager import CheckpointManager, committed_steps, step_folder
 from aifactory_train.rundir import RunDir
-from training_runs import aifactory, assert_refused, launch, launched, write_recipe
+from training_runs import aifactory, aifactory_here, assert_refused, launch, launched, write_recipe
 
 
 def test_a_misspelt_key_and_a_wrong_type_are_both_named_at_once(words, tmp_path):
@@ -22,7 +22,7 @@ def test_a_misspelt_key_and_a_wrong_type_are_both_named_at_once(words, tmp_path)
 def test_a_missing_recipe_and_a_missing_source_are_named(words, tmp_path):
     assert_refused(launch(tmp_path / "nowhere.yaml", tmp_path / "run"), "nowhere.yaml")
     gone = {"corpus": tmp_path / "gone.jsonl", "prepared": tmp_path / "prepared"}
-    assert_refused(aifactory("prepare", write_recipe(tmp_path, **gone)), "gone.jsonl")
+    assert_refused(aifactory_here("prepare", write_recipe(tmp_path, **gone)), "gone.jsonl")
 
 
 def test_an_empty_corpus_is_named(tmp_path):
@@ -40,10 +40,10 @@ def test_a_tokenizer_larger_than_the_models_vocabulary_is_refused(words, tmp_pat
     folder = tmp_path / "prepared"
     tokenizer = {"data__tokenizer": {"path": str(words["prepared"] / "tokenizer")}, "model__vocab_size": 300}
     recipe = write_recipe(tmp_path, corpus=words["corpus"], prepared=folder, **tokenizer)
-    assert aifactory("prepare", recipe).returncode == 0
+    assert aifactory_here("prepare", recipe).returncode == 0
     assert_refused(launch(recipe, tmp_path / "run"), "the tokenizer has 384 entries", "300", "model.vocab_size")
     bigger = write_recipe(tmp_path, **words, data__tokenizer={"train_vocab_size": 1024})
-    assert_refused(aifactory("prepare", bigger), "train_vocab_size 1024 is larger than model.vocab_size 512")
+    assert_refused(aifactory_here("prepare", bigger), "train_vocab_size 1024 is larger than model.vocab_size 512")
 
 
 def test_a_row_longer_than_the_model_allows_is_refused(words, tmp_path):
@@ -60,9 +60,16 @@ def test_a_batch_that_cannot_be_divided_is_refused_with_one_that_can(words, tmp_
     assert_refused(launch(micro, tmp_path / "run"), "micro_batch_rows")
 
 
-def test_a_run_folder_of_another_recipe_is_refused_and_untouched(words, tmp_path):
-    run = tmp_path / "run"
-    launched(write_recipe(tmp_path, **words), run)
+@pytest.fixture(scope="module")
+def finished(words, tmp_path_factory):
+    """A run of one rank that is done; tests take a copy."""
+    folder = tmp_path_factory.mktemp("finished")
+    launched(write_recipe(folder, **words), folder / "run")
+    return folder / "run"
+
+
+def test_a_run_folder_of_another_recipe_is_refused_and_untouched(words, finished, tmp_path):
+    run = shutil.copytree(finished, tmp_path / "run")
     before = RunDir(run).events.read_text()
     other = write_recipe(tmp_path, **words, optim__lr=1e-4)
     assert_refused(launch(other, run), "belongs to another recipe", "optim.lr (0.003 there, 0.0001 now)", "--run")
@@ -70,11 +77,11 @@ def test_a_run_folder_of_another_recipe_is_refused_and_untouched(words, tmp_path
     assert committed_steps(RunDir(run).checkpoints) == [10, 20]
 
 
-def unfinished(words, tmp_path):
-    """A run of which step 10 is committed, ready to resume."""
-    run = tmp_path / "run"
+@pytest.fixture
+def unfinished(words, finished, tmp_path):
+    """A run of which step 10 is committed, ready to resume: recipe, run folder, folder of step 10."""
+    run = shutil.copytree(finished, tmp_path / "run")
     recipe = write_recipe(tmp_path, **words)
-    launched(recipe, run)
     folder = RunDir(run).checkpoints
     shutil.rmtree(step_folder(folder, 20))
     events = RunDir(run).events
@@ -82,17 +89,17 @@ def unfinished(words, tmp_path):
     return recipe, run, step_folder(folder, 10)
 
 
-def test_a_checkpoint_of_another_model_is_refused(words, tmp_path):
-    recipe, run, step = unfinished(words, tmp_path)
+def test_a_checkpoint_of_another_model_is_refused(unfinished):
+    recipe, run, step = unfinished
     commit = json.loads((step / "COMMIT").read_text())
     commit["model"]["ffn_size"] = 96
     (step / "COMMIT").write_text(json.dumps(commit))
     assert_refused(launch(recipe, run), "another model", "ffn_size: checkpoint 96, recipe 128")
-    assert_refused(aifactory("export", run), "another model", "ffn_size")
+    assert_refused(aifactory_here("export", run), "another model", "ffn_size")
 
 
-def test_a_damaged_checkpoint_file_is_refused_by_name_and_the_advice_works(words, tmp_path):
-    recipe, run, step = unfinished(words, tmp_path)
+def test_a_damaged_checkpoint_file_is_refused_by_name_and_the_advice_works(unfinished, tmp_path):
+    recipe, run, step = unfinished
     data = step / "__0_0.distcp"
     raw = bytearray(data.read_bytes())
     raw[len(raw) // 2] ^= 1
@@ -151,8 +158,8 @@ def test_a_save_after_a_failed_one_is_kept_if_there_is_room_by_then(tmp_path, sm
         dist.destroy_process_group()
 
 
-def test_a_step_folder_without_commit_does_not_exist(words, tmp_path):
-    recipe, run, _ = unfinished(words, tmp_path)
+def test_a_step_folder_without_commit_does_not_exist(unfinished):
+    recipe, run, _ = unfinished
     left = step_folder(RunDir(run).checkpoints, 20)
     left.mkdir()
     (left / "__0_0.distcp").write_bytes(b"half")

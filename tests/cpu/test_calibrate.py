@@ -1,21 +1,17 @@
 """The loop is closed: a plan, its run on this machine, what was measured, and a better plan."""
 
-import contextlib
-import io
 import json
 import math
 
-from aifactory_train.cli import main
 from aifactory_train.rundir import RunDir
-from training_runs import aifactory, assert_refused, launched, write_recipe
+from training_runs import aifactory, aifactory_here, assert_refused, launched, write_recipe
 
 
 def ok(*args):
-    """What a verb prints; here, without the start of another Python."""
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        assert main([str(arg) for arg in args]) == 0, printed.getvalue()
-    return printed.getvalue()
+    """What a verb prints."""
+    done = aifactory_here(*args)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 def predicted(run):

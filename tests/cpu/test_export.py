@@ -9,10 +9,11 @@ import torch
 from aifactory_train.checkpoint import export
 from aifactory_train.checkpoint.dcp import read_tensors
 from aifactory_train.checkpoint.manager import step_folder
+from aifactory_train.errors import CheckpointError
 from aifactory_train.models.decoder import Decoder
 from aifactory_train.plan.plan import load_plan
 from aifactory_train.rundir import RunDir
-from training_runs import aifactory, assert_refused, launch, launched, write_recipe
+from training_runs import aifactory, aifactory_here, assert_refused, launch, launched, write_recipe
 
 SCALING = {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_seq_len_tokens": 32}
 FAMILIES = {
@@ -61,7 +62,7 @@ def test_the_export_gives_the_logits_of_the_checkpoint(trained, family):
 def test_a_second_export_reuses_the_first(trained):
     run = RunDir(trained("llama")[1])
     before = (run.export / "model.safetensors").stat().st_mtime_ns
-    assert aifactory("export", run.root).returncode == 0
+    assert aifactory_here("export", run.root).returncode == 0
     assert (run.export / "model.safetensors").stat().st_mtime_ns == before
 
 
@@ -115,8 +116,8 @@ def test_a_truncated_safetensors_file_is_refused_by_name(words, trained, tmp_pat
 def test_export_without_a_checkpoint_says_so(words, tmp_path):
     done = aifactory("plan", write_recipe(tmp_path, **words), "--run", tmp_path / "run")
     assert done.returncode == 0, done.stderr
-    assert_refused(aifactory("export", tmp_path / "run"), "no checkpoint to export")
-    assert_refused(aifactory("sample", tmp_path / "run"), "no exported model")
+    assert_refused(aifactory_here("export", tmp_path / "run"), "no checkpoint to export")
+    assert_refused(aifactory_here("sample", tmp_path / "run"), "no exported model")
 
 
 def test_the_report_of_a_real_run_has_predicted_beside_measured(trained):
@@ -134,12 +135,17 @@ def test_weights_with_other_angles_or_with_biases_are_refused(words, trained, tm
     shutil.copytree(RunDir(trained("llama")[1]).export, folder)
     plain = write_recipe(tmp_path, **words, model__init_from=str(folder))
     assert_refused(launch(plain, tmp_path / "run"), "RoPE rope_type: weights 'llama3', recipe 'default'")
+    # From here on without a launch: each rank of one calls this function.
+    decoder = Decoder(load_plan(RunDir(trained("llama")[1]).plan).recipe.model)
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "attention_bias": True}))
-    recipe = write_recipe(tmp_path, **words, **FAMILIES["llama"], model__init_from=str(folder))
-    assert_refused(launch(recipe, tmp_path / "run2"), "attention_bias: weights true")
-    (folder / "config.json").write_text("{")
-    assert_refused(launch(recipe, tmp_path / "run3"), "config.json cannot be read")
+    for text, said in (
+        (json.dumps({**config, "attention_bias": True}), "attention_bias: weights true"),
+        ("{", "config.json cannot be read"),
+    ):
+        (folder / "config.json").write_text(text)
+        with pytest.raises(CheckpointError, match=said) as caught:
+            export.load_huggingface(decoder, folder)
+        assert caught.value.exit_code == 2 and "do: " in caught.value.render()
 
 
 @pytest.mark.parametrize(
@@ -151,16 +157,16 @@ def test_weights_with_other_angles_or_with_biases_are_refused(words, trained, tm
     ],
 )
 def test_a_slip_in_sample_is_named(trained, flags, said):
-    assert_refused(aifactory("sample", trained("llama")[1], *flags), said)
+    assert_refused(aifactory_here("sample", trained("llama")[1], *flags), said)
 
 
 def test_an_empty_prompt_starts_a_new_document(trained):
-    assert aifactory("sample", trained("llama")[1], "--prompt", "", "--tokens", 4).returncode == 0
+    assert aifactory_here("sample", trained("llama")[1], "--prompt", "", "--tokens", 4).returncode == 0
 
 
 def test_a_folder_that_is_no_run_is_refused_by_each_verb(tmp_path):
     for verb in ("export", "report", "sample"):
-        assert_refused(aifactory(verb, tmp_path / "nowhere"), "no run folder", str(tmp_path / "nowhere"))
+        assert_refused(aifactory_here(verb, tmp_path / "nowhere"), "no run folder", str(tmp_path / "nowhere"))
 
 
 def test_an_export_needs_nothing_but_the_run_folder(words, trained, tmp_path):
@@ -169,5 +175,5 @@ def test_an_export_needs_nothing_but_the_run_folder(words, trained, tmp_path):
     done = aifactory("export", tmp_path / "moved")
     assert done.returncode == 0 and "exported step 20 of 20" in done.stdout
     assert (tmp_path / "moved" / "export" / "tokenizer.json").exists()
-    again = aifactory("export", tmp_path / "moved")
+    again = aifactory_here("export", tmp_path / "moved")
     assert "step 20 is exported already" in again.stdout

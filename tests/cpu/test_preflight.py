@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,35 +16,10 @@ from aifactory_train.launch.fitness import judge, render_fitness
 from aifactory_train.launch.mpi import mpirun_command
 from aifactory_train.machine.load import write_machine
 from aifactory_train.machine.machine import ByDtype, Device, Host, Machine, Measured
+from broken_rank import run_rank
 from training_runs import aifactory, write_corpus, write_recipe
 
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "OMPI_MCA_btl": "self,sm"}
-
-# One rank is broken at one point. Times are shortened and the good checks left out, to make the test quick.
-BROKEN_RANK = """
-import os, signal, sys, time
-from pathlib import Path
-from aifactory_train.faults.checks import Check
-from aifactory_train.train import meet, preflight
-_, run, victim, where, how = sys.argv
-def die(*anything):
-    os.kill(os.getpid(), signal.SIGKILL)
-def hang(*anything):
-    time.sleep(100)
-def fail(*anything):
-    raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
-meet.RENDEZVOUS_S = meet.COLLECTIVE_S = 5.0
-meet.GOODBYE_S = 2.0
-preflight.CHECKS = ()
-if os.environ["RANK"] == victim:
-    broken = {"dies": die, "hangs": hang, "fails": fail}[how]
-    if where == "check":
-        preflight.CHECKS = (Check("a broken device", broken),)
-        preflight.LIMIT_S = 3.0
-    else:
-        meet.measure_collectives = broken
-preflight.preflight(Path(run) / "attempts" / "001")
-"""
+ENV = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "OMPI_MCA_btl": "self,sm"}
 
 
 def small_machine(cores: int = 2, fp32_flops_per_s: float | None = None) -> Machine:
@@ -74,7 +49,7 @@ def mpirun(run: Path, machine: Machine, *bind_rank_1: str) -> subprocess.Complet
     command = mpirun_command(machine, 2, rank)
     if bind_rank_1:
         command = [*mpirun_command(machine, 1, rank), ":", "-n", "1", *bind_rank_1, *rank]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=ENV, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, **ENV}, check=False)
 
 
 def reports(run: Path) -> list[dict]:
@@ -134,16 +109,25 @@ def run_pair(run: Path, victim: int, where: str, how: str) -> list[tuple[int, st
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
+    # Forks of one process that has imported the heavy part: a rank is there at once.
+    forks = multiprocessing.get_context("forkserver")
+    forks.set_forkserver_preload(["aifactory_train.train.preflight"])
     common = {**ENV, "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    command = [sys.executable, "-c", BROKEN_RANK, str(run), str(victim), where, how]
-    t0_s = time.monotonic()
+    attempt, said = run / "attempts" / "001", [run / f"rank-{rank}.txt" for rank in range(2)]
     pair = [
-        subprocess.Popen(command, env={**common, "RANK": str(r)}, stderr=subprocess.PIPE, text=True) for r in range(2)
+        forks.Process(
+            target=run_rank, args=({**common, "RANK": str(r)}, attempt, victim, where, how, said[r]), daemon=True
+        )
+        for r in range(2)
     ]
-    said = [process.communicate(timeout=60)[1] for process in pair]
-    assert time.monotonic() - t0_s < 60
-    assert not any("Traceback" in words for words in said), said
-    return [(process.returncode, words) for process, words in zip(pair, said, strict=True)]
+    for process in pair:
+        process.start()
+    for process in pair:
+        process.join(60)
+        assert process.exitcode is not None, "a rank does not end"
+    told = [file.read_text() for file in said]
+    assert not any("Traceback" in words for words in told), told
+    return [(process.exitcode, words) for process, words in zip(pair, told, strict=True)]
 
 
 @pytest.mark.parametrize(

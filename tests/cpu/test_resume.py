@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import pty
+import shutil
 import signal
 import struct
 import subprocess
@@ -26,11 +27,18 @@ def curve(rows):
 
 
 @pytest.fixture(scope="module")
-def whole(words, tmp_path_factory):
-    """The curve of a run that nobody disturbed, on two ranks."""
+def whole_run(words, tmp_path_factory):
+    """A run that nobody disturbed, on two ranks."""
     folder = tmp_path_factory.mktemp("whole")
     recipe = write_recipe(folder, **words, train__budget_tokens=40 * 1024, checkpoint__every_steps=5)
-    return curve(launched(recipe, folder / "run", 2))
+    launched(recipe, folder / "run", 2)
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def whole(whole_run):
+    """Its curve."""
+    return curve(read_jsonl(RunDir(whole_run).metrics))
 
 
 @pytest.fixture
@@ -114,11 +122,10 @@ def test_a_kill_during_a_save_leaves_the_commit_before_it(words, whole, tmp_path
     assert curve(read_metrics(RunDir(run))) == whole
 
 
-def test_a_finished_run_is_left_alone(words, tmp_path):
-    recipe, run = write_recipe(tmp_path, **words), tmp_path / "run"
-    launched(recipe, run, 1)
+def test_a_finished_run_is_left_alone(recipe, whole_run, tmp_path):
+    run = shutil.copytree(whole_run, tmp_path / "run")
     before = RunDir(run).events.read_text()
-    again = launch(recipe, run, 1)
+    again = launch(recipe, run, 2)
     assert again.returncode == 0 and "nothing to train" in again.stdout
     assert RunDir(run).events.read_text() == before
 
