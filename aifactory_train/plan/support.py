@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from aifactory_train.errors import PlanError
 from aifactory_train.plan.contract import Layout
+from aifactory_train.plan.stages import V_SCHEDULES
 
 _NOT_YET = "this version does not train with"
 
@@ -18,6 +19,12 @@ def why_not_trainable(layout: Layout) -> str | None:
         return f"{_NOT_YET} offload {layout.offload}; it keeps the optimizer's state on the device"
     if layout.remat == "budget" and not (layout.compile and layout.remat_budget_frac):
         return "remat budget needs compile and remat_budget_frac: the compiler chooses what it computes again"
+    if layout.pipeline_schedule in V_SCHEDULES and layout.reshard_after_forward:
+        # torch's pipelining/_backward.py (2.13) looks for the weights that are there when the backward pass begins.
+        return (
+            f"{layout.pipeline_schedule} with reshard_after_forward: its split backward pass makes no gradients of "
+            "weights that forward gave back"
+        )
     return None
 
 

@@ -100,6 +100,7 @@ def test_where_none_can_be_trained_the_best_is_shown_and_marked_and_launch_has_t
         ({"zero_stage": 2}, "zero_stage 2"),
         ({"remat": "budget", "remat_budget_frac": 0.5, "compile": False}, "remat budget needs compile"),
         ({"offload": "optimizer"}, "offload optimizer"),
+        ({"pipeline_schedule": "zbv", "reshard_after_forward": True}, "zbv with reshard_after_forward"),
     ],
 )
 def test_each_thing_that_training_has_not_is_a_sentence(change, sentence):
@@ -113,7 +114,8 @@ def test_each_thing_that_training_has_not_is_a_sentence(change, sentence):
     [
         {"pp": 2, "dp_shard": 1}, {"dp_replicate": 2, "dp_shard": 1}, {"cp": 2, "dp_shard": 1},
         {"tp": 2, "dp_shard": 1},
-        {"pipeline_schedule": "zbv", "stages_per_rank": 2}, {"precision": "fp8_rowwise"}, {"remat": "selective"},
+        {"pipeline_schedule": "zbv", "stages_per_rank": 2, "reshard_after_forward": False},
+        {"precision": "fp8_rowwise"}, {"remat": "selective"},
         {"remat": "budget", "remat_budget_frac": 0.5, "compile": True},
     ],
 )  # fmt: skip
@@ -196,7 +198,7 @@ def test_gradients_are_reduced_in_each_micro_batch_where_that_spares_recomputati
 
 def test_gradients_are_reduced_once_where_that_fits_and_is_as_fast():
     for machine in (gpus(192 * GIB), load_machine("jupiter-booster")):
-        assert not search(load_recipe(LLAMA_8B), machine, 4).chosen.layout.reduce_each_micro_batch
+        assert not search(load_recipe(LLAMA_8B, ONE_LAYOUT), machine, 4).chosen.layout.reduce_each_micro_batch
     assert not search(load_recipe(DEMO), cpu(), 1, cpu_ranks=2).chosen.layout.reduce_each_micro_batch
 
 
