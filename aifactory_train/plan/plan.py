@@ -189,6 +189,8 @@ def _notes(recipe: Recipe, machine: Machine, ranking: Ranking, predicted: Predic
     elif best.why_not is not None and best.tokens_per_s > (1 + NOTABLE_FRAC) * chosen.tokens_per_s:
         less = format_difference(best.step_time_s / chosen.step_time_s - 1)
         notes.append(f"faster would be {describe(best.layout)}: step time {less}; but {best.why_not}")
+    else:
+        notes += _plainer_notes(ranking, chosen)
     notes += _fp8_notes(recipe, machine, chosen)
     if layout.precision == "fp8_rowwise":
         notes.append("the rate of fp8 with a scale for each matrix stands in for that with a scale for each row")
@@ -216,6 +218,22 @@ def _notes(recipe: Recipe, machine: Machine, ranking: Ranking, predicted: Predic
     if ranking.order_only:
         notes.append("layouts were compared by rates of common parts, in the place of those that are unknown")
     return notes
+
+
+def _plainer_notes(ranking: Ranking, chosen: Candidate) -> list[str]:
+    """Where one that can be trained is predicted to be faster, and one with other axes was taken."""
+    fastest = next((c for c in ranking.candidates if c.why_not is None), chosen)
+    axes = [(axis, getattr(fastest.layout, axis)) for axis in ("pp", "cp", "tp")]
+    if all(getattr(chosen.layout, axis) == degree for axis, degree in axes) or ranking.order_only:
+        return []
+    if fastest.step_time_s * (1 + NOTABLE_FRAC) > chosen.step_time_s:
+        return []
+    less = format_difference(fastest.step_time_s / chosen.step_time_s - 1)
+    return [
+        f"a little faster is predicted for {describe(fastest.layout)}: step time {less}; as predictions are not that "
+        "exact, fewer axes, larger micro-batches and room in memory go first; to take it: "
+        + " ".join(f"--set layout.{axis}={degree}" for axis, degree in axes)
+    ]
 
 
 def _fp8_notes(recipe: Recipe, machine: Machine, chosen: Candidate) -> list[str]:

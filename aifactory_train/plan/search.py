@@ -36,8 +36,9 @@ Remat = Literal["none", "selective", "full", "budget"]
 SAFE_MICRO_BATCH_TOKENS = 2048
 # Kept activations of so many tokens fill the matmuls; to compute them again would buy nothing.
 FILLING_MICRO_BATCH_TOKENS = 8192
-# Layouts this close together are the same to the model of time, whose error is larger: the larger micro-batch is
-# taken, and of those that are closer still the plainest. Chosen with TIGHT_* on published layouts, as FIT_FRAC is.
+# Layouts this close together are the same to the model of time, whose error is larger: fewest axes and the larger
+# micro-batch are taken, and of those that are closer still the plainest. Chosen with TIGHT_* on published layouts, as
+# FIT_FRAC is.
 ALIKE_FRAC, SAME_FRAC = 0.02, 0.005
 # A layout that fills more of the device counts as so much slower: predicted peaks are not exact, and an allocator at
 # its limit unmaps and maps memory again and again.
@@ -106,25 +107,32 @@ def _degrees(layout: Layout) -> Degrees:
 
 
 def first_choice(layouts: Sequence[Layout], step_times_s: Sequence[float], filled_fracs: Sequence[float]) -> int:
-    """Index of the layout to take: the fastest that is not tight, or a like one with a larger micro-batch.
+    """Index of the layout to take: the fastest that is not tight, or a like one of fewer axes or a larger micro-batch.
 
-    Fewer micro-batches start fewer kernels and collectives, so they depend less on what the model of time does not
-    see: host, launcher, other jobs. So do fewer reductions.
+    Fewer axes wait less for each other, and fewer micro-batches start fewer kernels and collectives, so they depend
+    less on what the model of time does not see: host, launcher, other jobs. So do fewer reductions.
 
     Args:
         filled_fracs: predicted peak of each layout over the memory of the device; 0 where that is unknown.
     """
     costs_s = [
-        seconds * (1 + TIGHT_COST_FRAC if filled > TIGHT_FRAC else 1)
+        seconds * (1 + TIGHT_COST_FRAC * (filled > TIGHT_FRAC))
         for seconds, filled in zip(step_times_s, filled_fracs, strict=True)
     ]
     alike = [i for i, cost_s in enumerate(costs_s) if cost_s <= min(costs_s) * (1 + ALIKE_FRAC)]
+    fewest = min(_n_axes(layouts[i]) for i in alike)
+    alike = [i for i in alike if _n_axes(layouts[i]) == fewest]
     if any(layouts[i].engine == "fsdp2" and not layouts[i].reduce_each_micro_batch for i in alike):
         alike = [i for i in alike if not layouts[i].reduce_each_micro_batch]
-    most_rows = max(layouts[i].micro_batch_rows for i in alike)
-    alike = [i for i in alike if layouts[i].micro_batch_rows == most_rows]
+    rows = [layout.micro_batch_rows / layout.cp for layout in layouts]
+    most_rows = max(rows[i] for i in alike)
+    alike = [i for i in alike if rows[i] == most_rows]
     same_s = min(costs_s[i] for i in alike) * (1 + SAME_FRAC)
     return min((i for i in alike if costs_s[i] <= same_s), key=lambda i: _complexity(layouts[i]))
+
+
+def _n_axes(layout: Layout) -> int:
+    return (layout.pp > 1) + (layout.cp > 1) + (layout.tp > 1)
 
 
 def _complexity(layout: Layout) -> tuple[Any, ...]:

@@ -13,7 +13,7 @@ from aifactory_train.plan.layout import Degrees, describe, legal_degrees, micro_
 from aifactory_train.plan.memory import FIT_FRAC
 from aifactory_train.plan.nodes import build_node_table, choose_nodes, nodes_for_budget, tokens_bought
 from aifactory_train.plan.plan import make_plan, make_ranked_plan
-from aifactory_train.plan.search import ALIKE_FRAC, search
+from aifactory_train.plan.search import ALIKE_FRAC, first_choice, search
 from aifactory_train.plan.support import refuse_untrainable, why_not_trainable
 from aifactory_train.recipe.load import load_recipe
 from plan_machines import DEMO, GIB, LLAMA_8B, LLAMA_70B, cpu, gpus
@@ -395,3 +395,12 @@ def test_without_rates_layouts_are_still_ranked_and_no_time_is_claimed():
     assert ranking.order_only and len(ranking.candidates) > 10
     assert plan.predicted.total_step_time_s is plan.predicted.tokens_per_s is None
     assert any("compared by rates of common parts" in note for note in plan.notes)
+
+
+def test_of_layouts_that_are_alike_the_one_of_fewest_axes_is_taken_then_the_larger_micro_batch():
+    plain = search(load_recipe(LLAMA_8B, ONE_LAYOUT), gpus(), 4).candidates[0].layout
+    split = plain.model_copy(update={"dp_shard": plain.dp_shard // 2, "cp": 2, "micro_batch_rows": 8})
+    rows = plain.model_copy(update={"micro_batch_rows": 2 * plain.micro_batch_rows})
+    assert first_choice([split, plain], [1.0, 1.015], [0.5, 0.5]) == 1
+    assert first_choice([split, plain], [1.0, 1.025], [0.5, 0.5]) == 0
+    assert first_choice([plain, rows], [1.0, 1.015], [0.5, 0.5]) == 1
