@@ -242,6 +242,8 @@ class _Search:
                 self.dropped["too few micro-batches for the pipeline"] += 1
                 continue
             for engine, zero_stage, reshard in self._engines(degrees, offload):
+                if reshard and schedule in V_SCHEDULES and self.recipe.layout.reshard_after_forward == "auto":
+                    continue  # support.why_not_trainable says why
                 kind = {"engine": engine, "zero_stage": zero_stage, "reshard_after_forward": reshard}
                 # DeepSpeed holds its share of the gradients alone from stage 2 on, so they have nowhere to wait.
                 kind["reduce_each_micro_batch"] = engine == "deepspeed" and zero_stage > 1

@@ -143,6 +143,7 @@ def test_a_given_schedule_is_kept(schedule, held):
     # A V splits the backward pass of each block, which compiled or recomputed ones do not bear.
     split = schedule in ("zbv", "dualpipev")
     assert {at.compile for at in found} == {not split} and (not split or {at.remat for at in found} == {"none"})
+    assert {at.reshard_after_forward for at in found} == ({False} if split else {True, False})
     assert all(at.accumulation >= (4 if schedule == "dualpipev" else 2) for at in found)
     assert not any(at.reduce_each_micro_batch for at in found)
 
