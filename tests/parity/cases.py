@@ -17,6 +17,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3": {"family": "qwen3"},
     # Nothing that FSDP cuts divides by 2, 3 or 4, and the layers do not divide by the stages.
     "uneven": {"hidden_size": 50, "n_layers": 5},
+    # To compile takes most of a run's time, and blocks are compiled one by one.
+    "shallow": {"n_layers": 2},
 }
 
 
@@ -99,8 +101,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no document mask": {"documents": False},
     "muon": {"optimizer": "muon"},
     "resharded": {"reshard": True},
-    "compile": {"compile": True},
-    "compile, remat full": {"compile": True, "remat": "full"},
+    "compile": {"compile": True, "model": "shallow"},
+    "compile, remat full": {"compile": True, "remat": "full", "model": "shallow"},
 }
 
 
@@ -124,6 +126,20 @@ PAIRS = [_degrees(pair) for pair in combinations(AXES, 2)]
 TRIPLES = [_degrees(triple) for triple in combinations(AXES, 3)]
 FOURS = [_degrees(four) for four in combinations(AXES, 4)]
 WITH_EACH_VARIANT = [replace(_degrees((axis,)), **change) for axis in AXES for change in VARIANTS.values()]
+COMPILED_SHORT = [
+    Case(dp_shard=2, compile=True, remat="full", model="shallow"),
+    *[_degrees((axis,), compile=True, model="shallow") for axis in ("pp", "cp", "tp")],
+]
+TRIPLES_SHORT = [
+    _degrees(triple)
+    for triple in (
+        ("pp", "cp", "tp"),
+        ("pp", "dp_shard", "tp"),
+        ("pp", "dp_replicate", "dp_shard"),
+        ("dp_replicate", "dp_shard", "tp"),
+        ("dp_shard", "cp", "tp"),
+    )
+]
 FSDP_CHOICES = [
     Case(dp_shard=2, accumulate=True, reduce_each=True),
     Case(dp_replicate=2, dp_shard=2, accumulate=True, reduce_each=True),
@@ -144,12 +160,24 @@ def _distinct(cases: list[Case]) -> list[Case]:
 
 
 # In `make test`.
-SHORT = _distinct([*ALONE, *PAIRS, *TRIPLES, *FSDP_CHOICES, *_rotated(PAIRS, 1), *WITH_EACH_VARIANT])
+SHORT = _distinct(
+    [
+        *ALONE,
+        *PAIRS,
+        *TRIPLES_SHORT,
+        *FSDP_CHOICES,
+        *_rotated(PAIRS, 1),
+        *[case for case in WITH_EACH_VARIANT if not case.compile],
+        *COMPILED_SHORT,
+    ]
+)
 # `make parity` adds these.
 LONG = [
     case
     for case in _distinct([
         *FOUR_RANKS,
+        *WITH_EACH_VARIANT,
+        *TRIPLES,
         *[form for pair in PAIRS for form in _forms(pair)],
         *[replace(pair, **change) for pair in PAIRS for change in VARIANTS.values()],
         *_rotated(TRIPLES, 3),
