@@ -19,12 +19,22 @@ def why_not_trainable(layout: Layout) -> str | None:
         return f"{_NOT_YET} offload {layout.offload}; it keeps the optimizer's state on the device"
     if layout.remat == "budget" and not (layout.compile and layout.remat_budget_frac):
         return "remat budget needs compile and remat_budget_frac: the compiler chooses what it computes again"
-    if layout.pipeline_schedule in V_SCHEDULES and layout.reshard_after_forward:
-        # torch's pipelining/_backward.py (2.13) looks for the weights that are there when the backward pass begins.
+    if layout.pp > 1 and layout.pipeline_schedule in V_SCHEDULES:
+        return _why_no_split_backward(layout)
+    return None
+
+
+def _why_no_split_backward(layout: Layout) -> str | None:
+    """The V schedules cut the backward pass of a block in two (pipelining/_backward.py of torch 2.13)."""
+    if layout.reshard_after_forward:
         return (
             f"{layout.pipeline_schedule} with reshard_after_forward: its split backward pass makes no gradients of "
             "weights that forward gave back"
         )
+    if layout.compile:
+        return f"{layout.pipeline_schedule} with compile: a compiled block has one backward pass, which it cannot split"
+    if layout.remat != "none":
+        return f"{layout.pipeline_schedule} with remat {layout.remat}: it would compute a block again for each weight"
     return None
 
 
