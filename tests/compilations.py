@@ -20,11 +20,11 @@ def compilations() -> Iterator[list[str]]:
     def begins(args: CallbackArgs) -> None:
         lines.append(f"{args.compile_id} {args.callback_trigger.name.lower()}")
 
-    before = len(get_compilation_metrics())
     callback_handler.register_start_callback(begins)
     try:
         yield lines
     finally:
         callback_handler.remove_start_callback(begins)
-        why = {str(m.compile_id): f"{m.co_name}: {m.recompile_reason}" for m in get_compilation_metrics()[before:]}
+        # torch keeps the newest only, and counts from 0 after each reset: a later one takes the place of its namesake.
+        why = {str(m.compile_id): f"{m.co_name}: {m.recompile_reason}" for m in get_compilation_metrics()}
         lines[:] = [f"{line} {why.get(line.split()[0], '')}".rstrip() for line in lines]

@@ -52,7 +52,7 @@ def gpu_sizes() -> Sizes:
     llama = load_recipe(configs_dir() / "recipes" / "llama3-8b.yaml").model
     return Sizes(
         TINY, 256, 4, llama, 4096, memory_layers=(8, 6, 4, 2), memory_rows=(4, 2, 1),
-        speed_layers=(32, 28, 24, 20, 16, 12, 8, 4), speed_rows=8,
+        speed_layers=tuple(range(32, 1, -2)), speed_rows=4,
     )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from aifactory_train.plan.plan import Plan, make_plan
 from aifactory_train.train.engine_torch import TorchEngine
 from benchmarks.gpu_check.setting import Sizes, a_recipe, built, random_batch, synchronize, this_machine
 
-WARMUP_STEPS, STEPS = 3, 12
+WARMUP_STEPS, STEPS = 3, 10
 LOG_EVERY_STEPS = 10
 SYNC = "called a synchronizing"  # in the words of torch.cuda.set_sync_debug_mode
 
@@ -37,9 +37,14 @@ def measure_step(device: torch.device, sizes: Sizes) -> dict[str, Any]:
     too_large = []
     for n_layers in sizes.speed_layers:
         try:
-            found = _run(_plan(machine, sizes, n_layers), device, rates["gemm_flops_per_s"])
-        except (PlanError, TrainingFault) as error:
-            too_large.append({"n_layers": n_layers, "why": error.what})
+            plan = _plan(machine, sizes, n_layers)
+        except PlanError:
+            continue  # which the planner says at once
+        try:
+            found = _run(plan, device, rates["gemm_flops_per_s"])
+        except (TrainingFault, torch.OutOfMemoryError) as error:
+            peak_bytes = plan.predicted.peak_memory_bytes
+            too_large.append({"n_layers": n_layers, "predicted_peak_bytes": peak_bytes, "why": str(error)[:500]})
             continue
         return {"passed": found["syncs"]["passed"], "n_layers": n_layers, **rates, **found, "too_large": too_large}
     return {"passed": False, **rates, "fault": "no number of layers fits", "too_large": too_large}

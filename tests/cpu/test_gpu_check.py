@@ -101,7 +101,7 @@ def test_a_fault_is_told_and_does_not_stop_the_other_parts(monkeypatch):
 def test_the_sizes_for_a_gpu_are_llama_3_8b_at_4096_tokens():
     sizes = gpu_sizes()
     assert (sizes.wide.hidden_size, sizes.wide.n_layers, sizes.tokens) == (4096, 32, 4096)
-    assert sizes.speed_layers[0] == sizes.wide.n_layers and sizes.speed_rows % 2 == 0
+    assert sizes.speed_layers[0] == sizes.wide.n_layers and sizes.speed_rows >= 1
 
 
 def test_circumstances_name_commit_versions_and_device():
