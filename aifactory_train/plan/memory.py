@@ -141,6 +141,7 @@ class _Rank:
         self.n = self.n_layers * self.n_block + self.n_root
         self.tokens = -(-layout.micro_batch_rows * work.seq_len_tokens // layout.cp)
         self.in_flight = micro_batches_in_flight(layout, pp_rank)
+        self.n_borders = sum((stage > 0) + (stage < n_stages - 1) for stage in stages)
 
     def moments(self) -> Iterator[tuple[str, Terms]]:
         """Every moment that may be the peak, with all its terms."""
@@ -292,9 +293,12 @@ class _Rank:
         """FSDP under torch's pipelines, which free a stage's weights after a forward pass and never after a backward
         pass, and add gradients up unsharded until the end of the step.
 
-        So of the stage at work weights are there block by block until its backward pass is done, of others all.
+        So of the stage at work weights are there block by block until its backward pass is done, of others all. What a
+        border brings has a buffer for each micro-batch, for the whole run (PipelineStage of torch 2.13).
         """
         kept, layout = self._activations(), self.layout
+        border = self.tokens * self.work.model.hidden_size // layout.tp * self.size
+        received = {"pipeline_buffers": self.n_borders * layout.accumulation * border}
         block, n_blocks = self.n_block * self.size, (self.n - self.n_root) * self.size
         everything = self.n_root * self.size + n_blocks
         freed = n_blocks // layout.stages_per_rank if layout.reshard_after_forward else 0
@@ -302,6 +306,7 @@ class _Rank:
         yield (
             "in the loss",
             {
+                **received,
                 "gathered_parameters": min(everything, everything - freed + block),
                 "unsharded_gradients": waiting,
                 "activations": kept.blocks + kept.head,
@@ -314,6 +319,7 @@ class _Rank:
             yield (
                 f"in the backward pass of the {name} block",
                 {
+                    **received,
                     "gathered_parameters": there,
                     "unsharded_gradients": waiting + block,
                     "activations": max(kept.block, kept.blocks - n_done * kept.block),
@@ -321,10 +327,10 @@ class _Rank:
                     "activation_gradients": kept.flowing,
                 },
             )
-        shards = {"gradients": self._shard(self.n) * FP32_BYTES}
+        shards = {**received, "gradients": self._shard(self.n) * FP32_BYTES}
         largest = max(self.n_block, self.n_root) * self.reduced_size
-        reduction = {"gathered_parameters": everything, "unsharded_gradients": waiting, "reduce_buffers": largest}
-        yield "in the reduction of the gradients", reduction
+        reducing = {"gathered_parameters": everything, "unsharded_gradients": waiting, "reduce_buffers": largest}
+        yield "in the reduction of the gradients", received | reducing
         yield "in the optimizer step", shards
 
     def _zero_moments(self) -> Iterator[tuple[str, Terms]]:

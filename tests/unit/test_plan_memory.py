@@ -256,3 +256,14 @@ def test_a_budget_keeps_its_share_of_what_none_keeps_and_makes_the_rest_again():
     )
     assert half["activations"] == pytest.approx(whole["activations"] / 2, rel=1e-3)
     assert half["recomputed_block"] == pytest.approx(whole["activations"] / 2 / 8, rel=1e-3)
+
+
+def test_each_border_of_a_stage_has_a_buffer_for_each_micro_batch():
+    how = layout(pp=4, dp_shard=2, tp=1, accumulation=16, micro_batch_rows=2)
+    border = 16 * 2 * 256 * 64 * 2  # micro-batches x rows x tokens x width x bf16
+    for pp_rank, n_borders in ((0, 1), (1, 2), (3, 1)):
+        assert moment("in the loss", how, pp_rank=pp_rank)["pipeline_buffers"] == n_borders * border
+    in_v = how.model_copy(update={"pipeline_schedule": "zbv", "stages_per_rank": 2, "reshard_after_forward": False})
+    assert moment("in the loss", in_v, pp_rank=0)["pipeline_buffers"] == 2 * border, "first and last stage"
+    halved = how.model_copy(update={"world_size": 16, "tp": 2})
+    assert moment("in the loss", halved)["pipeline_buffers"] == border // 2
