@@ -6,13 +6,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
-from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
 import aifactory_train.models.decoder as decoder_module
+from aifactory_train.models.attention import Attention, build_mask
 from aifactory_train.models.decoder import Block, Decoder
 from aifactory_train.parallel.apply import apply_parallelism
+from aifactory_train.parallel.mesh import build_mesh
 from aifactory_train.parallel.remat import apply_remat
 from aifactory_train.parallel.shard import DTYPES
 from aifactory_train.plan import shape
@@ -53,6 +54,10 @@ def a_layout(world_size=1, n_rows=1, **changes):
     )
 
 
+def attend_by(monkeypatch, attend):
+    monkeypatch.setattr(decoder_module, "LOCAL", Attention(build_mask, attend))
+
+
 def whole_attention(q_BNTH, k_BKTH, v_BKTH, mask):
     """All T x T scores: what torch's counter counts, while our convention counts the causal half."""
     groups = q_BNTH.shape[1] // k_BKTH.shape[1]
@@ -62,7 +67,7 @@ def whole_attention(q_BNTH, k_BKTH, v_BKTH, mask):
 
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_flops_of_a_step_are_those_that_torch_counts_but_for_the_half_that_a_causal_mask_hides(monkeypatch, remat):
-    monkeypatch.setattr(decoder_module, "attend", whole_attention)
+    attend_by(monkeypatch, whole_attention)
     n_tokens, model = 96, SMALL
     decoder = Decoder(model)
     apply_remat(decoder.parts(), a_layout(remat=remat))
@@ -127,7 +132,7 @@ def kept_bytes(model, n_tokens, wrap=lambda block: None):
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_a_block_on_a_gpu_keeps_the_bytes_of_the_table(monkeypatch, family):
     model = SMALL.model_copy(update={"family": family})
-    monkeypatch.setattr(decoder_module, "attend", lambda q, k, v, mask: FlashAttention.apply(q, k, v))
+    attend_by(monkeypatch, lambda q, k, v, mask: FlashAttention.apply(q, k, v))
     monkeypatch.setattr(F, "rms_norm", lambda x, *_: OneKernelNorm.apply(x))
     how = shape.Kept("bf16", "cuda", document_mask=False)
     assert kept_bytes(model, TOKENS) == TOKENS * shape.block_activation_bytes_per_token(model, TOKENS, how)
@@ -143,7 +148,7 @@ def test_torch_compile_keeps_what_the_table_calls_fused(monkeypatch):
     def one_kernel(q, k, v, mask):
         return F.scaled_dot_product_attention(q, k.repeat(1, 2, 1, 1), v.repeat(1, 2, 1, 1), is_causal=True)
 
-    monkeypatch.setattr(decoder_module, "attend", one_kernel)
+    attend_by(monkeypatch, one_kernel)
     per_token = kept_bytes(SMALL, TOKENS, lambda block: block.compile(backend="aot_eager_decomp_partition")) / TOKENS
     how = shape.Kept("bf16", "cuda", document_mask=False, elementwise="fused")
     # The kernel here is a CPU's: k and v are kept for every head, and its output once more as o reads it.
@@ -160,19 +165,21 @@ def tracked_peak(model, layout, n_rows):
     """
     dist.init_process_group("fake", rank=0, world_size=layout.world_size, store=FakeStore())
     try:
-        mesh = init_device_mesh("cpu", (layout.world_size,), mesh_dim_names=("dp_shard",))
+        mesh = build_mesh(layout, "cpu")
         with FakeTensorMode():
             with torch.device("meta"):
                 decoder = Decoder(model)
-            apply_parallelism(decoder.parts(), mesh, layout)
+            apply_parallelism(decoder.parts(), mesh, layout, TOKENS)
             decoder.to_empty(device="cpu")
-            (optimizer,) = build_optimizers(decoder.parts(), Optim(lr=1e-3), DTYPES[layout.precision])
+            (optimizer,) = build_optimizers([decoder.parts()], Optim(lr=1e-3), DTYPES[layout.precision])
             tokens = torch.zeros(n_rows, TOKENS, dtype=torch.long)
 
             def step(tracker=None):
                 for done in range(layout.accumulation):
                     each = layout.reduce_each_micro_batch
-                    decoder.set_requires_gradient_sync(each or done == layout.accumulation - 1)
+                    is_last = done == layout.accumulation - 1
+                    decoder.set_requires_gradient_sync(each or is_last)
+                    decoder.set_reshard_after_backward(layout.reshard_after_forward or is_last)
                     if tracker is not None:
                         tracker.reset_mod_stats()
                     decoder(tokens, tokens).backward()
