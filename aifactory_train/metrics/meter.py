@@ -51,7 +51,7 @@ class Meter:
         numbers = (data_wait_s, float(peak_memory_bytes(self.device)))
         # Filled on the device: torch.tensor would copy them there and wait for it, a second sync.
         worst = torch.stack([torch.full((), x, device=self.device, dtype=torch.float64) for x in numbers])
-        dist.all_reduce(self._loss_sum)  # axis dp_shard: all ranks log at the same steps
+        dist.all_reduce(self._loss_sum)  # all axes: every rank logs at the same steps
         dist.all_reduce(worst, dist.ReduceOp.MAX)
         packed = torch.stack((self._loss_sum / self._n_valid_tokens, grad_norm.double(), *worst))
         loss, norm, wait_s, memory = packed.tolist()
