@@ -1,1 +1,1 @@
-"""One file per parallel axis, and apply.py with their one order."""
+"""One file per parallel axis, what else changes a built model (remat, precision), and apply.py with their order."""

@@ -14,19 +14,21 @@ from aifactory_train.parallel.shard import apply_fsdp
 from aifactory_train.parallel.tensor import apply_tensor_parallel
 from aifactory_train.plan.contract import Layout
 
-# The first whose pipelines, DTensors and flex_attention have what these axes call; older ones were never tried.
-AXES_NEED_TORCH = (2, 13)
+# The first whose pipelines, DTensors, flex_attention and selective checkpoints do what is asked of them here; older
+# ones were never tried.
+NEEDED_TORCH = (2, 13)
 
 
 def refuse_old_torch(layout: Layout) -> None:
-    """Raise PlanError where the layout has axes that the torch of this environment is too old for."""
-    axes = [f"{axis} {getattr(layout, axis)}" for axis in ("pp", "cp", "tp") if getattr(layout, axis) > 1]
-    if axes and tuple(map(int, torch.__version__.split(".")[:2])) < AXES_NEED_TORCH:
-        least = ".".join(map(str, AXES_NEED_TORCH))
+    """Raise PlanError where the layout has something that the torch of this environment is too old for."""
+    parts = [f"{axis} {getattr(layout, axis)}" for axis in ("pp", "cp", "tp") if getattr(layout, axis) > 1]
+    parts += ["remat selective"] if layout.remat == "selective" else []
+    if parts and tuple(map(int, torch.__version__.split(".")[:2])) < NEEDED_TORCH:
+        least = ".".join(map(str, NEEDED_TORCH))
         error = PlanError(
-            f"{', '.join(axes)}: needs torch {least} or newer, this is {torch.__version__}",
+            f"{', '.join(parts)}: needs torch {least} or newer, this is {torch.__version__}",
             where="plan.json: layout",
-            do="--set layout.pp=1 --set layout.cp=1 --set layout.tp=1, or a newer torch",
+            do="--set layout.pp=1 --set layout.cp=1 --set layout.tp=1 --set layout.remat=full, or a newer torch",
         )
         error.on_every_rank = True
         raise error

@@ -29,9 +29,6 @@ from aifactory_train.models.attention import (
 from aifactory_train.models.parts import ModelParts
 from aifactory_train.plan.contract import Layout
 
-# Before torch 2.13 it has the other name, which later versions warn about. To go when setup.py asks for 2.13.
-_all_gather = getattr(funcol, "all_gather_single_autograd", None) or funcol.all_gather_tensor_autograd
-
 
 class Axis(NamedTuple):
     """This rank on axis cp. `name` is that of the process group: the compiler knows groups by name."""
@@ -123,7 +120,7 @@ def _attend_gathered(
     axis: Axis, calls: list[Part], q_BNtH: Tensor, k_BKtH: Tensor, v_BKtH: Tensor, masks: tuple[Mask, ...]
 ) -> Tensor:
     # Axis cp, at each layer, forward and backward (a reduce_scatter): all its ranks arrive.
-    kv = _all_gather(torch.stack((k_BKtH, v_BKtH)), 0, axis.name)
+    kv = funcol.all_gather_single_autograd(torch.stack((k_BKtH, v_BKtH)), 0, axis.name)
     # Each rank sent an early and a late chunk, and the late ones run backwards.
     halves = [both.chunk(2, dim=-2) for both in kv.unflatten(0, (axis.degree, 2)).unbind(0)]
     in_order = [early for early, _ in halves] + [late for _, late in reversed(halves)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -16,12 +16,14 @@ from aifactory_train.errors import TrainingFault
 from aifactory_train.models.parts import ModelParts, is_on_each_rank, local_tensor
 from aifactory_train.parallel.context import local_tokens
 from aifactory_train.parallel.mesh import Mesh
-from aifactory_train.parallel.pipeline import build_pipeline
 from aifactory_train.parallel.shard import DTYPES
 from aifactory_train.plan.plan import Plan
 from aifactory_train.train.engine import StepStats
 from aifactory_train.train.optim import build_optimizers, build_state, lr_factor, set_lr
 from aifactory_train.units import format_bytes
+
+if TYPE_CHECKING:
+    from aifactory_train.parallel.pipeline import Pipeline
 
 
 class TorchEngine:
@@ -34,7 +36,7 @@ class TorchEngine:
     def __init__(self, plan: Plan, stages: list[ModelParts], mesh: Mesh, device: torch.device) -> None:
         self.plan, self.stages, self.mesh, self.device = plan, stages, mesh, device
         self.optimizers = build_optimizers(stages, plan.recipe.optim, DTYPES[plan.layout.precision])
-        self.pipeline = build_pipeline(plan, stages, mesh, device) if plan.layout.pp > 1 else None
+        self.pipeline = _pipeline(plan, stages, mesh, device) if plan.layout.pp > 1 else None
         rank, n_tokens = mesh.rows.get_local_rank("cp"), plan.recipe.data.seq_len_tokens
         self.tokens_T = local_tokens(plan.layout, n_tokens, rank).to(device) if plan.layout.cp > 1 else None
         self.named_parameters = {n: p for stage in stages for n, p in stage.root.named_parameters()}
@@ -55,10 +57,11 @@ class TorchEngine:
         except torch.OutOfMemoryError as error:
             predicted = format_bytes(self.plan.predicted.peak_memory_bytes)
             rows = self.plan.layout.micro_batch_rows
+            remat = "" if self.plan.layout.remat == "full" else "--set layout.remat=full, or "
             raise TrainingFault(
                 f"the step does not fit on {self.device}: {str(error).splitlines()[0]}",
                 where=f"predicted peak {predicted} at train.micro_batch_rows={rows}",
-                do=f"--set train.micro_batch_rows={max(1, rows // 2)}, or more nodes",
+                do=(f"--set train.micro_batch_rows={rows // 2}, or " if rows > 1 else remat) + "more nodes",
             ) from None
 
     def train_step(self, batch: Batch, step: int) -> StepStats:
@@ -178,3 +181,10 @@ class TorchEngine:
 
     def close(self) -> None:
         self.optimizers.clear()
+
+
+def _pipeline(plan: Plan, stages: list[ModelParts], mesh: Mesh, device: torch.device) -> Pipeline:
+    # Here, because a torch that is too old for some of the schedules trains without a pipeline.
+    from aifactory_train.parallel.pipeline import build_pipeline
+
+    return build_pipeline(plan, stages, mesh, device)

@@ -69,7 +69,7 @@ FAULTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "tokens_of_own_rows_counted": _replaced(engine_torch.dist, "all_reduce", _not_for_scalars),
     "shards_not_summed": lambda: patch.object(dist, "reduce_scatter_single", _own_shard),
     "copies_not_summed": _replaced(dist, "all_reduce", _only_scalars),
-    "gradients_of_keys_stay": _replaced(context, "_all_gather", _own_gradient_only),
+    "gradients_of_keys_stay": _replaced(context.funcol, "all_gather_single_autograd", _own_gradient_only),
     "gradients_lost_in_the_ring": _replaced(context, "_pass_on", _only_forward),
     "heads_return_gradients_twice": _replaced(context, "_exchange", _twice_backward),
     "tokens_in_order_under_a_balanced_mask": lambda: patch.object(engine_torch, "local_tokens", _in_order),

@@ -20,10 +20,9 @@ LAYOUTS = {
     "tp": ("tensor and sequence parallel, loss by vocabulary", {}),
 }
 NEEDS_GPU = {
-    "attention by flex_attention and flash kernels, alone and under each form of cp": "they have no backward on a CPU; "
-    "their masks are held against the dense ones in tests/cpu",
+    "flash kernels and flex_attention, alone and on the parts that each form of cp makes of a row": "they have no "
+    "backward on a CPU; their masks are held against the dense ones in tests/cpu",
     "bf16 with flash attention, fp8": "no fp8 matrix products on a CPU; the conversion runs emulated in tests/cpu",
-    "overlap of transfers and computation": "gloo has no streams",
 }
 
 Differences = Mapping[str, tuple[float, float, float]]

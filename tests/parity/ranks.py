@@ -40,7 +40,7 @@ from aifactory_train.plan.shape import build_shape
 from aifactory_train.recipe.schema import Recipe, fingerprint
 from aifactory_train.train.engine_torch import TorchEngine
 from aifactory_train.train.setup import build_engine
-from parity.cases import MODELS, ROWS, SAVED_AFTER, STEPS, TOKENS, Case, case_of
+from parity.cases import MODELS, ROWS, SAVED_AFTER, STEPS, TOKENS, Case
 from parity.faults import FAULTS
 
 TIMEOUT_S = 240
@@ -129,7 +129,7 @@ def batch_of(step: int, case: Case, data_rank: int) -> Batch:
 
 def train(job: dict[str, Any], rank: int, folder: Path) -> dict[str, Any]:
     """Collective. The losses and norms of all steps, or of the steps behind each checkpoint that is loaded."""
-    case = case_of(job["case"])
+    case = Case(**job["case"])
     plan = build_plan(case)
     data_rank = plan.layout.data_rank(rank)
     engine = build_engine(plan, torch.device("cpu"), fresh=not job["loads"])
@@ -155,9 +155,10 @@ def steps_of(engine: TorchEngine, case: Case, data_rank: int, steps: range) -> l
     curve = []
     for step in steps:
         stats = engine.train_step(batch_of(step, case, data_rank), step)
-        loss_sum = stats.loss_sum.double()
-        dist.all_reduce(loss_sum)
-        curve.append([(loss_sum / stats.n_valid_tokens).item(), stats.grad_norm.item()])
+        # Not by all_reduce: deliberate faults may change it for the whole process.
+        shares: list[Any] = [None] * case.world_size
+        dist.all_gather_object(shares, stats.loss_sum.item())
+        curve.append([sum(shares) / stats.n_valid_tokens.item(), stats.grad_norm.item()])
     return curve
 
 
@@ -175,7 +176,7 @@ def save_weights(engine: TorchEngine, folder: Path) -> None:
 
 def run_rank(job: dict[str, Any], rank: int, rendezvous: Path, folder: Path) -> None:
     """What a fork does, to its end."""
-    world_size, name = case_of(job["case"]).world_size, rendezvous.name
+    world_size, name = Case(**job["case"]).world_size, rendezvous.name
     try:
         torch.set_num_threads(1)
         store = dist.FileStore(str(rendezvous / "store"), world_size)
@@ -203,7 +204,7 @@ def run_job(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     rendezvous = Path(tempfile.mkdtemp())
     start_s = time.monotonic()
     pids = []
-    for rank in range(case_of(job["case"]).world_size):
+    for rank in range(Case(**job["case"]).world_size):
         pid = os.fork()
         if pid == 0:
             run_rank(job, rank, rendezvous, folder)

@@ -6,6 +6,8 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from aifactory_train.data.loader import Batch
+from aifactory_train.errors import PlanError
+from aifactory_train.parallel.apply import refuse_old_torch
 from aifactory_train.plan.plan import Plan
 from aifactory_train.recipe.schema import Model
 from aifactory_train.train.ranks import find_ranks, join
@@ -124,3 +126,14 @@ def test_a_rehearsal_changes_nothing(one_rank):
     engine.rehearse(a_batch())
     assert all(torch.equal(a, b.full_tensor()) for a, b in zip(before, engine.named_parameters.values(), strict=True))
     assert all(p.grad is None for p in engine.named_parameters.values())
+
+
+@pytest.mark.parametrize("changes", [{"tp": 2}, {"pp": 2}, {"cp": 2}, {"remat": "selective"}])
+def test_a_torch_that_is_too_old_for_a_layout_is_refused_before_the_run_is_built(monkeypatch, changes):
+    layout = small_plan(4).layout
+    monkeypatch.setattr(torch, "__version__", "2.12.1+rocm6.4")
+    refuse_old_torch(layout)
+    with pytest.raises(PlanError, match=r"needs torch 2\.13 or newer, this is 2\.12\.1"):
+        refuse_old_torch(layout.model_copy(update=changes))
+    monkeypatch.setattr(torch, "__version__", "2.13.0")
+    refuse_old_torch(layout.model_copy(update=changes))
