@@ -100,7 +100,7 @@ def test_where_none_can_be_trained_the_best_is_shown_and_marked_and_launch_has_t
         ({"zero_stage": 2}, "zero_stage 2"),
         ({"remat": "budget", "remat_budget_frac": 0.5, "compile": False}, "remat budget needs compile"),
         ({"offload": "optimizer"}, "offload optimizer"),
-        ({"pipeline_schedule": "zbv", "reshard_after_forward": True}, "zbv with reshard_after_forward"),
+        ({"pp": 2, "pipeline_schedule": "zbv", "reshard_after_forward": True}, "zbv with reshard_after_forward"),
     ],
 )
 def test_each_thing_that_training_has_not_is_a_sentence(change, sentence):
@@ -154,7 +154,7 @@ def test_a_layout_that_fits_by_more_reductions_alone_stands_beside_offload():
 def test_offload_is_taken_only_where_nothing_else_fits():
     recipe = load_recipe(LLAMA_70B)
     # 70.6e9 weights: 16 bytes each in states and gradients are 1.13 TB, 12 of them moments and master weights.
-    tight, roomy = search(recipe, gpus(64 * GIB), 4), search(recipe, gpus(64 * GIB), 16)
+    tight, roomy = search(recipe, gpus(64 * GIB), 4), search(recipe, gpus(64 * GIB), 32)
     assert {c.layout.offload for c in tight.candidates} == {"optimizer"}
     assert {c.layout.offload for c in roomy.candidates} == {"none"}
     assert tight.dropped["does not fit"] > 10
