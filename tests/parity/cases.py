@@ -173,7 +173,7 @@ LONG = [
         *[form for pair in PAIRS for form in _forms(pair)],
         # Compiled with one remat only: to compile four ranks takes a minute.
         *[replace(pair, **change) for pair in PAIRS for name, change in VARIANTS.items() if name != "compile"],
-        *_rotated(TRIPLES, 3),
+        *_rotated(TRIPLES, 1),
         *FOURS,
     ])
     if case not in SHORT
