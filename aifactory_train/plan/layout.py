@@ -24,6 +24,8 @@ LEAST_CP_TOKENS = 4096
 SHARD_STEP = 4
 # On auto a micro-batch has at most so many tokens: larger ones only cost memory.
 MOST_MICRO_BATCH_TOKENS = 131_072
+# Sides of the matrices that torch._scaled_mm takes are multiples of this.
+FP8_MULTIPLE = 16
 
 
 class Degrees(NamedTuple):
@@ -60,9 +62,9 @@ def divisors(n: int) -> tuple[int, ...]:
     return tuple(sorted({*small, *(n // d for d in small)}))
 
 
-def tp_fault(model: Model, seq_len_tokens: int, tp: int, per_node: int) -> str | None:
-    """Why a model cannot be split over tp ranks of a node, None where it can."""
-    if per_node % tp:
+def tp_fault(model: Model, seq_len_tokens: int, tp: int, per_node: int | None = None) -> str | None:
+    """Why a model cannot be split over tp ranks of a node, None where it can. per_node None: over nodes, too."""
+    if per_node is not None and per_node % tp:
         return f"the {per_node} devices of a node are no multiple of it, and tp stays inside a node"
     for name in ("n_kv_heads", "n_heads", "ffn_size", "vocab_size"):
         if getattr(model, name) % tp:
@@ -72,17 +74,20 @@ def tp_fault(model: Model, seq_len_tokens: int, tp: int, per_node: int) -> str |
     return None
 
 
-def cp_fault(recipe: Recipe, cp: int, tp: int) -> str | None:
+def cp_fault(
+    model: Model, seq_len_tokens: int, cp: int, tp: int, cp_attention: CpAttention | Literal["auto"]
+) -> str | None:
     """Why rows cannot be split over cp ranks: each takes one chunk from the front and one from the back.
 
-    Ulysses gives each of them some of the heads of a tp rank.
+    Its tokens are split over the tp ranks. Ulysses gives each of them some of the heads of a tp rank.
     """
-    seq, model = recipe.data.seq_len_tokens, recipe.model
     if cp == 1:
         return None
-    if seq % (2 * cp):
-        return f"data.seq_len_tokens {seq} is no multiple of 2 x {cp} = {2 * cp} chunks"
-    if recipe.layout.cp_attention == "ulysses" and not _has_heads(model, cp, tp):
+    if seq_len_tokens % (2 * cp):
+        return f"data.seq_len_tokens {seq_len_tokens} is no multiple of 2 x {cp} = {2 * cp} chunks"
+    if (tokens := seq_len_tokens // cp) % tp:
+        return f"it leaves {tokens} of data.seq_len_tokens {seq_len_tokens} on a rank, no multiple of tp {tp}"
+    if cp_attention == "ulysses" and not _has_heads(model, cp, tp):
         on = "" if tp == 1 else f" on each of {tp} tp ranks"
         return f"cp_attention ulysses shares out model.n_kv_heads {model.n_kv_heads}{on}, no multiple of it"
     return None
@@ -90,6 +95,30 @@ def cp_fault(recipe: Recipe, cp: int, tp: int) -> str | None:
 
 def _has_heads(model: Model, cp: int, tp: int) -> bool:
     return model.n_kv_heads // tp % cp == 0 and model.n_heads // tp % cp == 0
+
+
+def fp8_fault(model: Model, tp: int) -> str | None:
+    """Why fp8 units do not take the matrices of the blocks, which tp splits; None where they do."""
+    heads = {name: getattr(model, name) * model.head_size // tp for name in ("n_heads", "n_kv_heads")}
+    sides = {
+        "model.hidden_size": model.hidden_size,
+        "model.ffn_size": model.ffn_size // tp,
+        **{f"model.{name} x head_size": side for name, side in heads.items()},
+    }
+    for name, side in sides.items():
+        if side % FP8_MULTIPLE:
+            on = "" if tp == 1 or name == "model.hidden_size" else f" on each of {tp} tp ranks"
+            return f"{name} is {side}{on}, and fp8 units take matrices whose sides are multiples of {FP8_MULTIPLE}"
+    return None
+
+
+def fp8_tokens_fault(micro_batch_rows: int, seq_len_tokens: int, cp: int) -> str | None:
+    """Why fp8 units do not take the tokens of a micro-batch, a side of the products that give gradients of weights."""
+    tokens = micro_batch_rows * seq_len_tokens // cp
+    if tokens % FP8_MULTIPLE == 0:
+        return None
+    rows = f"{micro_batch_rows} row(s) of {seq_len_tokens} tokens" + (f" over cp {cp}" if cp > 1 else "")
+    return f"{rows} are {tokens}, and fp8 units take matrices whose sides are multiples of {FP8_MULTIPLE}"
 
 
 def cp_attention(recipe: Recipe, degrees: Degrees) -> CpAttention:
@@ -140,10 +169,10 @@ def legal_degrees(recipe: Recipe, world_size: int, per_node: int, axes_on_auto: 
     wish, model, seq = recipe.layout, recipe.model, recipe.data.seq_len_tokens
     free = divisors(world_size) if axes_on_auto else (1,)
     for tp in _options(wish.tp, [d for d in free if d <= per_node]):
-        if tp_fault(model, seq, tp, per_node):
+        if tp_fault(model, seq, tp, per_node) or (_wants_fp8(recipe) and fp8_fault(model, tp)):
             continue
         for cp in _options(wish.cp, [d for d in free if d == 1 or seq >= d * LEAST_CP_TOKENS]):
-            if cp_fault(recipe, cp, tp) or world_size % (tp * cp) or seq // cp % tp:
+            if cp_fault(model, seq, cp, tp, wish.cp_attention) or world_size % (tp * cp):
                 continue
             for pp in _options(wish.pp, [d for d in free if d <= model.n_layers]):
                 if world_size % (tp * cp * pp) or pp_fault(model, pp, 1):
@@ -182,8 +211,15 @@ def micro_batches(recipe: Recipe, degrees: Degrees, schedule: Schedule) -> list[
     return [
         m
         for m in divisors(rows)
-        if (pp == 1 or schedule_takes(schedule, pp, rows // m)) and (m == given if given != "auto" else m <= most)
+        if (pp == 1 or schedule_takes(schedule, pp, rows // m))
+        and (m == given if given != "auto" else m <= most)
+        and not (_wants_fp8(recipe) and fp8_tokens_fault(m, recipe.data.seq_len_tokens, degrees.cp))
     ]
+
+
+def _wants_fp8(recipe: Recipe) -> bool:
+    """On auto precision never becomes fp8."""
+    return recipe.train.precision in ("fp8", "fp8_rowwise")
 
 
 def describe(layout: Layout) -> str:

@@ -16,7 +16,15 @@ from aifactory_train.errors import PlanError
 from aifactory_train.machine.machine import Machine
 from aifactory_train.plan.calibrate import correct_step_time
 from aifactory_train.plan.contract import Layout, Part, Prediction, Shape
-from aifactory_train.plan.layout import describe, n_devices, schedule_takes
+from aifactory_train.plan.layout import (
+    cp_fault,
+    describe,
+    fp8_fault,
+    fp8_tokens_fault,
+    n_devices,
+    schedule_takes,
+    tp_fault,
+)
 from aifactory_train.plan.network import axis_links
 from aifactory_train.plan.rates import device_rates, rate_key
 from aifactory_train.plan.refuse import check_wishes, nothing_left
@@ -82,7 +90,20 @@ def _arithmetic_faults(plan: Plan) -> list[str]:
             f"{at.dp} replicas x accumulation {at.accumulation} x micro_batch_rows {at.micro_batch_rows} are {shared} "
             f"rows, and the recipe's batch has {rows}"
         )
-    return faults + _pipeline_faults(plan)
+    return faults + _split_faults(plan) + _pipeline_faults(plan)
+
+
+def _split_faults(plan: Plan) -> list[str]:
+    """Of tp, cp and fp8. That tp stays inside a node is a matter of speed, so a plan may say otherwise."""
+    at, model, seq = plan.layout, plan.recipe.model, plan.recipe.data.seq_len_tokens
+    if sentence := tp_fault(model, seq, at.tp):
+        return [f"tp {at.tp}: {sentence}"]  # what the others say of the share of a rank of tp would be rounded
+    found = {f"cp {at.cp}": cp_fault(model, seq, at.cp, at.tp, at.cp_attention)}
+    if rate_key(at.precision) == "fp8":
+        found[f"precision {at.precision}"] = fp8_fault(model, at.tp) or fp8_tokens_fault(
+            at.micro_batch_rows, seq, at.cp
+        )
+    return [f"{key}: {sentence}" for key, sentence in found.items() if sentence]
 
 
 def _pipeline_faults(plan: Plan) -> list[str]:
@@ -99,6 +120,8 @@ def _pipeline_faults(plan: Plan) -> list[str]:
         )
     if not schedule_takes(at.pipeline_schedule, at.pp, at.accumulation):
         faults.append(f"accumulation {at.accumulation} is no number of micro-batches for {at.pipeline_schedule}")
+    if at.reduce_each_micro_batch:
+        faults.append(f"reduce_each_micro_batch is true, and with pp {at.pp} gradients are reduced once a step")
     return faults
 
 

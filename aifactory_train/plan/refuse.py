@@ -13,6 +13,8 @@ from aifactory_train.plan.layout import (
     cp_fault,
     describe,
     divisors,
+    fp8_fault,
+    fp8_tokens_fault,
     pp_fault,
     ranks_per_node,
     schedules,
@@ -51,7 +53,7 @@ def _check_axes(recipe: Recipe, machine: Machine, n_nodes: int, cpu_ranks: int) 
     heads_on = 1 if wish.tp == "auto" else wish.tp
     checks = {
         "tp": (wish.tp, lambda tp: tp_fault(model, seq, tp, per_node)),
-        "cp": (wish.cp, lambda cp: cp_fault(recipe, cp, heads_on)),
+        "cp": (wish.cp, lambda cp: cp_fault(model, seq, cp, heads_on, wish.cp_attention)),
         "pp": (wish.pp, lambda pp: pp_fault(model, pp, stages) if pp > 1 else None),
     }
     for axis, (given, fault) in checks.items():
@@ -153,7 +155,7 @@ def check_kind(recipe: Recipe, machine: Machine) -> None:
     axes = [axis for axis in ("pp", "dp_replicate", "cp", "tp") if getattr(wish, axis) not in ("auto", 1)]
     stage = wish.zero_stage
     faults: list[Fault] = [
-        *_fp8_faults(machine, precision),
+        *_fp8_faults(recipe, machine, precision),
         *_schedule_faults(recipe, machine),
         (
             wish.engine == "fsdp2" and stage in (1, 2),
@@ -181,7 +183,10 @@ def check_kind(recipe: Recipe, machine: Machine) -> None:
             raise PlanError(what, where=f"recipe {recipe.name} on machine {machine.name}", do=do)
 
 
-def _fp8_faults(machine: Machine, precision: Precision) -> list[Fault]:
+def _fp8_faults(recipe: Recipe, machine: Machine, precision: Precision) -> list[Fault]:
+    """No units for it, or sizes that they do not take. On auto tp, cp and micro-batch count as what divides best."""
+    if rate_key(precision) != "fp8":
+        return []
     unknown = device_rates(machine, "fp8").peak_flops_per_s is None
     what = f"train.precision {precision}: {machine.device.name} has no fp8 units that its machine file knows"
     least = "9.0" if precision == "fp8_rowwise" else "8.9"
@@ -189,7 +194,23 @@ def _fp8_faults(machine: Machine, precision: Precision) -> list[Fault]:
     do = "--set train.precision=auto"
     if machine.device.kind != "cpu":
         do += ", or give the machine file its device.peak_flops_per_s.fp8"
-    return [(rate_key(precision) == "fp8" and unknown, what + needs, do)]
+    wish, rows = recipe.layout, recipe.train.micro_batch_rows
+    tp, cp = (1 if degree == "auto" else degree for degree in (wish.tp, wish.cp))
+    sides = fp8_fault(recipe.model, tp)
+    tokens = fp8_tokens_fault(recipe.global_batch_rows if rows == "auto" else rows, recipe.data.seq_len_tokens, cp)
+    return [
+        (unknown, what + needs, do),
+        (
+            sides is not None,
+            f"train.precision {precision}: {sides}",
+            "--set train.precision=bf16" + ", or a smaller layout.tp" * (tp > 1),
+        ),
+        (
+            tokens is not None,
+            f"train.precision {precision}: {tokens}",
+            "--set train.precision=bf16, or another train.micro_batch_rows or data.seq_len_tokens",
+        ),
+    ]
 
 
 def _schedule_faults(recipe: Recipe, machine: Machine) -> list[Fault]:
