@@ -54,11 +54,13 @@ def local_tokens(layout: Layout, seq_len_tokens: int, cp_rank: int) -> Tensor:
     balanced = layout.cp_attention != "ulysses"
     n_chunks = layout.cp * (2 if balanced else 1)
     if seq_len_tokens % n_chunks:
-        raise PlanError(
+        error = PlanError(
             f"rows of {seq_len_tokens} tokens cannot be cut into {n_chunks} equal chunks",
-            where=f"layout.cp={layout.cp}, layout.cp_attention={layout.cp_attention}",
+            where=f"plan.json: layout.cp {layout.cp}, layout.cp_attention {layout.cp_attention}",
             do=f"--set data.seq_len_tokens={max(1, seq_len_tokens // n_chunks) * n_chunks}, or another layout.cp",
         )
+        error.on_every_rank = True  # all ranks read the same plan
+        raise error
     held = held_chunks(layout.cp, cp_rank) if balanced else (cp_rank,)
     return torch.arange(seq_len_tokens).view(n_chunks, -1)[list(held)].flatten()
 
@@ -196,9 +198,10 @@ def _attend_ulysses(axis: Axis, q_BNtH: Tensor, k_BKtH: Tensor, v_BKtH: Tensor, 
     """All tokens of 1/P of the heads are here between the two exchanges."""
     n_kv_heads, p = k_BKtH.shape[1], axis.degree
     if n_kv_heads % p:
+        # Not on_every_rank: in a pipeline the ranks of later stages wait for tokens, and never come here.
         raise PlanError(
             f"ulysses gives each rank of cp its own heads: {n_kv_heads} key/value heads for {p} ranks",
-            where=f"layout.cp={p}, layout.cp_attention=ulysses; heads are those of one rank of tp",
+            where=f"plan.json: layout.cp {p}, layout.cp_attention ulysses; heads are those of one rank of tp",
             do="--set layout.cp_attention=all_gather, or a layout.cp that divides them",
         )
     split = [x.unflatten(1, (p, -1)) for x in (q_BNtH, k_BKtH, v_BKtH)]  # (B, P, heads, t, H)

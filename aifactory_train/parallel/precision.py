@@ -15,13 +15,12 @@ from torch import nn
 from aifactory_train.errors import PlanError
 from aifactory_train.models.parts import ModelParts
 from aifactory_train.plan.contract import Layout
+from aifactory_train.plan.layout import FP8_MULTIPLE
 
 TORCHAO_RECIPES = {"fp8": "tensorwise", "fp8_rowwise": "rowwise"}
 # Ada has fp8 with a scale per tensor; scales per row need Hopper's kernels.
 LEAST_CAPABILITY = {"fp8": (8, 9), "fp8_rowwise": (9, 0)}
 ROCM_ARCHITECTURES = ("gfx942", "gfx950")
-# torch._scaled_mm takes matrices whose sides are multiples of this.
-MULTIPLE = 16
 
 
 def refuse_fp8(layout: Layout, device: torch.device) -> None:
@@ -57,7 +56,7 @@ def _why_no_device(precision: str, device: torch.device) -> str | None:
 def _why_no_torchao() -> str | None:
     try:
         importlib.import_module("torchao.float8")
-    except ImportError as error:
+    except (ImportError, OSError, RuntimeError) as error:  # the latter two from one that was built for another torch
         return f"needs torchao, which cannot be imported: {error}"
     return None
 
@@ -89,9 +88,9 @@ def _check_sides(block: nn.Module, tp_plan: dict[str, str], layout: Layout) -> N
         style = tp_plan.get(name, "")
         n_out = module.out_features / (layout.tp if style == "colwise" else 1)
         n_in = module.in_features / (layout.tp if style == "rowwise" else 1)
-        if n_out % MULTIPLE or n_in % MULTIPLE:
+        if n_out % FP8_MULTIPLE or n_in % FP8_MULTIPLE:
             error = PlanError(
-                f"precision {layout.precision} needs matrices whose sides are multiples of {MULTIPLE}; {name} is "
+                f"precision {layout.precision} needs matrices whose sides are multiples of {FP8_MULTIPLE}; {name} is "
                 f"{n_out:g} x {n_in:g} on each of {layout.tp} rank(s) of tp",
                 where="plan.json: layout.precision",
                 do="--set train.precision=bf16" + (", or a smaller layout.tp" if layout.tp > 1 else ""),

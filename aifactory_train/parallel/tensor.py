@@ -46,19 +46,22 @@ def apply_tensor_parallel(parts: ModelParts, mesh: DeviceMesh) -> None:
         table = (parts.head or parts.embed).weight  # type: ignore[union-attr]
         first_word = mesh.get_local_rank() * (table.shape[0] // mesh.size())
         parts.root.chunk_loss = VocabularyParallelChunkLoss(first_word, mesh.get_group())
-    _refuse_uneven(parts.root, mesh.size())
+    _refuse_uneven(parts, mesh.size())
 
 
-def _refuse_uneven(root: nn.Module, tp: int) -> None:
+def _refuse_uneven(parts: ModelParts, tp: int) -> None:
     """Where tp ranks have unlike shares, DTensor and FSDP2 cut these at unlike rows: 1021 rows over tp 2, fsdp 3."""
-    for name, parameter in root.named_parameters():
+    for name, parameter in parts.root.named_parameters():
         dims = [placement.dim for placement in parameter.placements if placement.is_shard()]  # type: ignore[attr-defined]
         if any(parameter.shape[dim] % tp for dim in dims):
-            raise PlanError(
+            error = PlanError(
                 f"{name} is {tuple(parameter.shape)}, and tp {tp} does not divide dim {dims[0]}",
-                where="layout.tp",
+                where="plan.json: layout.tp",
                 do="--set layout.tp=1, or another size",
             )
+            # A stage of a pipeline may have parameters that others lack, and those would wait for this rank.
+            error.on_every_rank = parts.embed is not None and parts.norm is not None
+            raise error
 
 
 def _block_styles(block: nn.Module, tp_plan: dict[str, str]) -> dict[str, ParallelStyle]:
@@ -80,12 +83,14 @@ def _block_styles(block: nn.Module, tp_plan: dict[str, str]) -> dict[str, Parall
         elif is_norm and holder != "" and how in ("", _HEAD_NORM):
             styles[name] = SequenceParallel(sequence_dim=HEAD_DIM, use_local_output=True)
         else:
-            raise PlanError(
+            error = PlanError(
                 f"tensor parallel cannot split {name or 'the parameters'} of {type(block).__name__}: "
                 f"{type(module).__name__}, {how or 'not named'} in its plan",
-                where="layout.tp",
+                where="plan.json: layout.tp",
                 do="--set layout.tp=1",
             )
+            error.on_every_rank = True  # each stage of a pipeline has such a block
+            raise error
     holders = {name.rpartition(".")[0] for name in styles if name in tp_plan}
     return styles | {holder: _GatherTokens() for holder in holders}
 

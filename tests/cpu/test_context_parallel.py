@@ -85,8 +85,9 @@ def test_each_token_of_a_row_is_with_one_rank(form):
 
 def test_a_row_that_cp_does_not_divide_is_refused():
     assert len(local_tokens(layout(4, "ulysses"), 60, 0)) == 15
-    with pytest.raises(PlanError, match="60 tokens cannot be cut into 8 equal chunks"):
+    with pytest.raises(PlanError, match="60 tokens cannot be cut into 8 equal chunks") as refused:
         local_tokens(layout(4, "ring"), 60, 0)
+    assert refused.value.on_every_rank and refused.value.where == "plan.json: layout.cp 4, layout.cp_attention ring"
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -195,5 +196,7 @@ def test_what_travels_in_one_layer(four_silent_ranks, form):
 
 def test_ulysses_is_refused_where_ranks_outnumber_kv_heads(four_silent_ranks):
     q, k = torch.randn(B, N, T // 4, H), torch.randn(B, K, T // 4, H)
-    with pytest.raises(PlanError, match="2 key/value heads for 4 ranks"):
+    with pytest.raises(PlanError, match="2 key/value heads for 4 ranks") as refused:
         attention_of("ulysses", four_silent_ranks).attend(q, k, k, None)
+    assert refused.value.where.startswith("plan.json: layout.cp 4")
+    assert not refused.value.on_every_rank, "later stages of a pipeline would be waited for"

@@ -181,8 +181,11 @@ def test_a_block_gathers_twice_and_scatters_twice_in_each_direction(faults):
 
 
 def _check_refusal(mesh: DeviceMesh) -> None:
-    with pytest.raises(PlanError, match=r"model.embed_tokens.weight is \(33, 32\), and tp 2 does not divide dim 0"):
+    with pytest.raises(
+        PlanError, match=r"model.embed_tokens.weight is \(33, 32\), and tp 2 does not divide dim 0"
+    ) as refused:
         apply_tensor_parallel(FromTransformers("llama", N_WORDS).parts(), mesh)
+    assert refused.value.on_every_rank and refused.value.where == "plan.json: layout.tp"
 
 
 def test_a_vocabulary_that_tp_does_not_divide_is_refused(faults):
@@ -193,8 +196,9 @@ def test_a_block_that_its_plan_does_not_cover_is_refused(monkeypatch):
     lm = FromTransformers("llama")
     parts, mesh = lm.parts(), SimpleNamespace(size=lambda: WORLD)
     monkeypatch.setitem(lm.tp_plan, "mlp.gate_proj", "colwise_gather_output")
-    with pytest.raises(PlanError, match="mlp.gate_proj of LlamaDecoderLayer: Linear, colwise_gather_output"):
+    with pytest.raises(PlanError, match="mlp.gate_proj of LlamaDecoderLayer: Linear, colwise_gather_output") as refused:
         apply_tensor_parallel(parts, mesh)  # type: ignore[arg-type]
+    assert refused.value.on_every_rank and refused.value.where == "plan.json: layout.tp"
     del lm.tp_plan["mlp.gate_proj"]
     with pytest.raises(PlanError, match="Linear, not named in its plan"):
         apply_tensor_parallel(parts, mesh)  # type: ignore[arg-type]
