@@ -4,6 +4,7 @@ No CPU multiplies in fp8, so torchao's emulation casts to 8 bits and multiplies 
 program, this file is one rank of tp: `test_precision.py RANK FOLDER`.
 """
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -145,6 +146,18 @@ def test_a_cpu_is_refused_and_so_is_an_installation_without_torchao(monkeypatch)
     with pytest.raises(PlanError, match="needs torchao") as refused:
         refuse_fp8(a_layout("fp8"), GPU)
     assert "pip install 'aifactory-train[fp8]'" in refused.value.do
+
+
+@pytest.mark.parametrize("error", [OSError("undefined symbol: _ZN3c10"), RuntimeError("operator does not exist")])
+def test_a_torchao_that_was_built_for_another_torch_is_refused_with_what_it_says(monkeypatch, error):
+    def fail(name: str) -> None:
+        raise error
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(**HOPPER))
+    monkeypatch.setattr(importlib, "import_module", fail)
+    with pytest.raises(PlanError, match=str(error)) as refused:
+        refuse_fp8(a_layout("fp8"), GPU)
+    assert refused.value.on_every_rank
 
 
 def rank_of_tp(rank: int, folder: Path) -> None:
