@@ -25,14 +25,16 @@ from aifactory_train.errors import AifactoryError, UserError
 from aifactory_train.results.provenance import provenance
 from aifactory_train.rundir import write_atomic
 from aifactory_train.train.ranks import find_ranks, join
+from benchmarks.gpu_check.context import measure_context
 from benchmarks.gpu_check.memory import measure_memory
 from benchmarks.gpu_check.parity import measure_parity
 from benchmarks.gpu_check.setting import Sizes, gpu_sizes
 from benchmarks.gpu_check.step import measure_step
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
-# Compiling takes most of it. What is left after the cases of parity is enough for the other parts.
-LIMIT_S, PARITY_S = 480.0, 200.0
+# Compiling takes most of it. What is left after the cases of parity is enough for the other parts; the cases
+# of axis cp come last, and the last of them has half a minute.
+LIMIT_S, PARITY_S, CONTEXT_S = 480.0, 200.0, 450.0
 NOT_PASSED = 4
 
 
@@ -99,6 +101,7 @@ def check(device: torch.device, sizes: Sizes) -> dict[str, Any]:
             "parity": lambda: measure_parity(device, sizes, begin_s + PARITY_S),
             "step": lambda: measure_step(device, sizes),
             "memory": lambda: measure_memory(device, sizes),
+            "context": lambda: measure_context(device, sizes, begin_s + CONTEXT_S),
         }
         found = {name: _measured(name, measure, begin_s) for name, measure in parts.items()}
     finally:

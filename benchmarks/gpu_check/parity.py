@@ -13,7 +13,16 @@ from aifactory_train.errors import PlanError
 from aifactory_train.models.parts import copy_into, local_tensor
 from aifactory_train.parallel.precision import refuse_fp8
 from aifactory_train.train.engine_torch import TorchEngine
-from benchmarks.gpu_check.setting import Sizes, a_recipe, built, one_device, plan_of, random_batch, this_machine
+from benchmarks.gpu_check.setting import (
+    Sizes,
+    a_recipe,
+    built,
+    largest,
+    one_device,
+    plan_of,
+    random_batch,
+    this_machine,
+)
 
 STEPS = 3
 
@@ -103,7 +112,7 @@ def _row(case: Case, device: torch.device, sizes: Sizes, right: Curve, until_s: 
     errors = {
         "loss": _worst(found.loss, right.loss),
         "grad_norm": _worst(found.grad_norm, right.grad_norm),
-        "change": max(_distance(found.end[n] - found.start[n], right.end[n] - right.start[n]) for n in right.end),
+        "change": largest(_distance(found.end[n] - found.start[n], right.end[n] - right.start[n]) for n in right.end),
     }
     faults = [f"{key} is off by {off:.2e}" for key, off in errors.items() if not off <= getattr(bounds, key)]
     if found.n_recompiled:
@@ -146,7 +155,7 @@ def _weights(engine: TorchEngine) -> dict[str, torch.Tensor]:
 
 
 def _worst(found: list[float], right: list[float]) -> float:
-    return max(abs(a / b - 1) for a, b in zip(found, right, strict=True))
+    return largest(abs(a / b - 1) for a, b in zip(found, right, strict=True))
 
 
 def _distance(found: torch.Tensor, right: torch.Tensor) -> float:

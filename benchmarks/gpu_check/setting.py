@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -33,7 +33,7 @@ class Sizes:
     """parity: the model whose numbers are compared, its rows and their tokens. wide: the model that is measured.
 
     memory_layers, memory_rows: of the model whose memory is measured, tried in this order until one fits.
-    speed_layers: tried in this order, too. speed_rows: of a step.
+    speed_layers: tried in this order, too. speed_rows: of a step. cp_chunk_tokens: of a chunk of axis cp.
     """
 
     parity: Model
@@ -45,6 +45,7 @@ class Sizes:
     memory_rows: tuple[int, ...]
     speed_layers: tuple[int, ...]
     speed_rows: int
+    cp_chunk_tokens: int
 
 
 def gpu_sizes() -> Sizes:
@@ -52,7 +53,7 @@ def gpu_sizes() -> Sizes:
     llama = load_recipe(configs_dir() / "recipes" / "llama3-8b.yaml").model
     return Sizes(
         TINY, 256, 4, llama, 4096, memory_layers=(8, 6, 4, 2), memory_rows=(4, 2, 1),
-        speed_layers=tuple(range(32, 1, -2)), speed_rows=4,
+        speed_layers=tuple(range(32, 1, -2)), speed_rows=4, cp_chunk_tokens=256,
     )  # fmt: skip
 
 
@@ -152,6 +153,11 @@ def built(plan: Plan, device: torch.device) -> Iterator[TorchEngine]:
         yield engine
     finally:
         engine.close()
+
+
+def largest(values: Iterable[float]) -> float:
+    """NaN where one of them is: max() drops it, so that a broken number would be within every bound."""
+    return float(torch.tensor(list(values), dtype=torch.float64).max())
 
 
 def synchronize(device: torch.device) -> None:

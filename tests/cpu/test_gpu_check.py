@@ -11,12 +11,16 @@ import torch
 import torch._dynamo
 import torch.distributed as dist
 from torch import nn
+from torch.nn.attention import flex_attention as flex
 
 from aifactory_train.metrics import rates
+from aifactory_train.models import attention
 from aifactory_train.strictyaml import configs_dir
 from aifactory_train.train.ranks import find_ranks, join
+from benchmarks.gpu_check import context, parity
 from benchmarks.gpu_check.__main__ import check, circumstances
-from benchmarks.gpu_check.parity import CASES, Case, _curve, _row
+from benchmarks.gpu_check.context import CONTEXT_CASES, ContextCase
+from benchmarks.gpu_check.parity import CASES, STEPS, Case, Curve, _curve, _row
 from benchmarks.gpu_check.setting import TINY, Sizes, gpu_sizes
 
 CPU = torch.device("cpu")
@@ -24,7 +28,7 @@ SMALL = TINY.model_copy(update={"vocab_size": 256, "hidden_size": 64, "ffn_size"
 SMALL = SMALL.model_copy(update={"n_heads": 4, "n_kv_heads": 2})
 SIZES = Sizes(
     parity=SMALL, parity_tokens=64, parity_rows=2, wide=SMALL, tokens=64, memory_layers=(2,), memory_rows=(2, 1),
-    speed_layers=(2,), speed_rows=2,
+    speed_layers=(2,), speed_rows=2, cp_chunk_tokens=64,
 )  # fmt: skip
 
 
@@ -42,7 +46,7 @@ def result():
 
 
 def test_every_part_runs_to_its_end(result):
-    for part in ("parity", "step", "memory"):
+    for part in ("parity", "step", "memory", "context"):
         assert "error" not in result[part] and "fault" not in result[part], result[part]
         assert result[part]["seconds"] > 0
     assert not result["passed"], "a CPU has no host syncs to count, and its memory is not that of a GPU"
@@ -66,6 +70,72 @@ def test_a_forgotten_document_mask_is_beyond_the_bounds_of_parity(precision):
     finally:
         dist.destroy_process_group()
     assert not row["passed"] and "change is off" in row["fault"], row
+
+
+@pytest.mark.parametrize("broken", range(STEPS))
+@pytest.mark.parametrize("where", ["loss", "grad_norm", "change"])
+def test_a_step_that_is_no_number_is_beyond_the_bounds_of_parity(monkeypatch, where, broken):
+    numbers, start = [1.0 + step for step in range(STEPS)], {str(n): torch.zeros(2) for n in range(STEPS)}
+    right = Curve(numbers, numbers, start, {name: torch.ones(2) for name in start}, 0, 0)
+    no_number = [math.nan if step == broken else x for step, x in enumerate(numbers)]
+    changed = {"change": {"end": right.end | {str(broken): torch.full((2,), math.nan)}}}
+    found = replace(right, **changed.get(where, {where: no_number}))
+    monkeypatch.setattr(parity, "_curve", lambda *_: found)
+    row = _row(CASES[0], CPU, SIZES, right, until_s=math.inf)
+    assert not row["passed"] and row["fault"] == f"{where} is off by nan", row
+
+
+def test_every_case_of_context_parallel_is_plain_softmax_with_its_gradients(result):
+    cases = result["context"]["cases"]
+    assert [case["case"] for case in cases] == [case.name for case in CONTEXT_CASES] and len(cases) == 16
+    assert result["context"]["passed"], cases
+    for case in cases:
+        assert all(set(of) == {"out", "grad_q", "grad_k", "grad_v"} for of in case["errors"].values())
+        assert (case["n_blind_queries"] > 100) == (case["case"].startswith("ring") and "documents" in case["case"])
+
+
+def context_row(precision, form="ring", documents=True):
+    return context._row(ContextCase(form, documents, precision, 2), CPU, SIZES.cp_chunk_tokens, until_s=math.inf)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_is_wrong_in_context_parallel_is_beyond_its_bounds(monkeypatch, precision):
+    attend_part, merge_parts, build_masks = context.attend_part, context.merge_parts, context.build_masks
+
+    def no_gradient_of_lse(one, other):
+        return merge_parts((one[0], one[1].detach()), (other[0], other[1].detach()))
+
+    def one_query_is_no_number(*args):
+        out, lse = attend_part(*args)
+        hole = torch.zeros_like(out)
+        hole[0, 0, 0, 0] = math.nan
+        return out + hole, lse
+
+    def no_mask(calls, n_chunks, chunk_tokens, device_type, document):
+        return build_masks(calls, n_chunks, chunk_tokens, device_type, None)
+
+    faults = {"merge_parts": no_gradient_of_lse, "attend_part": one_query_is_no_number, "build_masks": no_mask}
+    for name, wrong in faults.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(context, name, wrong)
+            row = context_row(precision)
+        assert not row["passed"] and "norm is off" in row["fault"] and "element is off" in row["fault"], (name, row)
+    assert context_row(precision)["passed"]
+
+
+@pytest.mark.parametrize("documents", [True, False])
+@pytest.mark.parametrize("form", ["ring", "all_gather"])
+def test_the_formulas_of_flex_attention_have_the_gradient_of_the_log_sum_exp(monkeypatch, form, documents):
+    """What a GPU runs, by torch's own formulas: its kernels have no backward on a CPU, and it refuses one there."""
+    monkeypatch.setattr(flex, "_validate_device", lambda *_: None)
+    monkeypatch.setattr(attention, "_flex_attention", flex.flex_attention)
+    monkeypatch.setattr(attention, "_create_block_mask", flex.create_block_mask)
+    monkeypatch.setattr("aifactory_train.parallel.context.build_part_mask", attention.part_block_mask)
+    monkeypatch.setattr(
+        context, "attend_part", lambda q, k, v, mask, causal: attention._attend_part_flex(q, k, v, mask)
+    )
+    row = context_row("fp32", form, documents)
+    assert row["passed"], row
 
 
 def test_a_step_has_its_rates_and_the_prediction_beside_them(result):

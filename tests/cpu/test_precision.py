@@ -5,6 +5,7 @@ program, this file is one rank of tp: `test_precision.py RANK FOLDER`.
 """
 
 import importlib
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -70,7 +71,14 @@ def error_of(found: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> 
     assert found.keys() == right.keys()
     off = {n: float((found[n].float() - right[n].float()).norm() / right[n].float().norm()) for n in right}
     loss = off.pop("loss")
-    return loss, max(off.values())
+    return loss, torch.tensor(list(off.values())).max().item()  # max() would drop a NaN
+
+
+def test_a_gradient_that_is_no_number_is_within_no_bound():
+    right = {name: torch.ones(2) for name in ("loss", "a", "b", "c")}
+    for broken in "abc":
+        _, gradient = error_of(right | {broken: torch.full((2,), math.nan)}, right)
+        assert not gradient < math.inf
 
 
 @pytest.mark.parametrize("precision", ["fp8", "fp8_rowwise"])
