@@ -27,8 +27,9 @@ def test_a_job_runs_on_two_nodes(cluster, tmp_path):
     assert sorted(out.read_text().split()) == ["node1", "node2"]
 
 
-def test_stop_leaves_no_process_behind(munge, tmp_path):
-    slurm = Cluster(tmp_path, munge, 2)
+def test_stop_leaves_no_process_behind(munge, tmp_path, tmp_path_factory):
+    # A short name: slurmstepd's socket lies below the folder, and the path of a socket has 107 characters at most.
+    slurm = Cluster(tmp_path_factory.mktemp("stop"), munge, 2)
     job = slurm.sbatch("-N2", "--output=/dev/null", script(tmp_path, "trap '' TERM", "srun sleep 300"))
     poll(lambda: len(slurm.processes()) > 5, "the start of the job", 30, slurm.story)
     with pytest.raises(AssertionError, match="did not happen"):
