@@ -78,7 +78,10 @@ def _command_text(plan: Plan, run: RunDir) -> str:
 
 
 def check_run_folder(plan: Plan, run: RunDir) -> None:
-    """Refuse a folder that holds a run of another recipe; names the keys that differ."""
+    """Refuse a folder that holds a run of another recipe; names the keys that differ.
+
+    A run goes on in any layout: its numbers do not depend on how the ranks share the work.
+    """
     if run.root.exists() and not run.root.is_dir():
         raise RunFolderError("the run folder is a file", where=str(run.root), do="give a folder: --run RUN")
     if not run.recipe.exists():
@@ -90,6 +93,8 @@ def check_run_folder(plan: Plan, run: RunDir) -> None:
     # Read as a recipe: what it does not name had its default.
     before = load_recipe(run.recipe).model_dump(mode="json")
     now = plan.recipe.model_dump(mode="json")
+    for recipe in (before, now):
+        del recipe["layout"], recipe["train"]["micro_batch_rows"], recipe["train"]["compile"]
     changed = sorted(_differences(before, now, ""))
     if changed:
         raise RunFolderError(
@@ -109,8 +114,7 @@ def _differences(a: Any, b: Any, key: str) -> list[str]:
 def write_run_folder(plan: Plan, run: RunDir) -> None:
     """Leave recipe, machine and plan for the ranks. Raises StorageError."""
     with storage_errors("writing the run folder", run.root, "free space or give another folder: --run RUN"):
-        if not run.recipe.exists():
-            write_atomic(run.recipe, dump_recipe(plan.recipe))
+        write_atomic(run.recipe, dump_recipe(plan.recipe))
         write_machine(plan.machine, run.machine)
         write_atomic(run.plan, plan.to_json())
 

@@ -64,6 +64,8 @@ def apply_remat(parts: ModelParts, layout: Layout) -> None:
     # One setting for all that is compiled in this process, so a layout without a budget has to take it back.
     budget_frac = layout.remat_budget_frac if layout.remat == "budget" else None
     torch._functorch.config.activation_memory_budget = 1.0 if budget_frac is None else budget_frac
+    # The mesh of a split block is an object without bytes; torch 2.13 weighs it only when told so.
+    torch._functorch.config.unsafe_treat_script_objects_as_zero_size = budget_frac is not None
     if layout.remat not in ("full", "selective"):
         return
     for block in parts.blocks:

@@ -55,10 +55,11 @@ def render_answer(
 
 def summarize(plan: Plan, ranking: Ranking, nodes: str | None = None, job_time_s: float | None = None) -> str:
     """Whether it can be trained, fit, speed, time, cost, layout, runner-up and notes. `nodes`: of render_nodes."""
+    shown = ("layout", "batch", "pipeline", "attention")
     rows = [
         *_head_rows(plan),
         *_verdict_rows(plan, ranking, job_time_s),
-        *_layout_rows(plan)[:2],
+        *[row for row in _layout_rows(plan) if row[0] in shown],
         *_alternative_rows(plan, ranking),
     ]
     return "\n\n".join([_table(rows), *([nodes] if nodes else []), *_noted(_notes_but(plan, ""))])
@@ -148,6 +149,7 @@ def _layout_rows(plan: Plan) -> list[tuple[str, str]]:
         "full": "of each block computed again in the backward pass",
         "budget": f"{layout.remat_budget_frac or 1:.2g} of them kept, the rest computed again as the compiler chooses",
     }
+    remat = f"{layout.remat_budget_frac:g}" if layout.remat == "budget" else layout.remat
     gathered = "block by block" if layout.reshard_after_forward else "once for forward and backward"
     if layout.engine == "deepspeed":
         gathered = {1: "never split", 2: "never split, gradients are", 3: "block by block"}[layout.zero_stage]
@@ -157,7 +159,7 @@ def _layout_rows(plan: Plan) -> list[tuple[str, str]]:
     batch = f"{who} x {micro} {_plural(layout.micro_batch_rows, 'row')}"
     return [
         ("layout", f"{axes}, {layout.engine}, {layout.precision}{', compiled' if layout.compile else ''}"),
-        ("batch", f"{rows} rows of {seq} tokens = {batch}, remat {layout.remat}"),
+        ("batch", f"{rows} rows of {seq} tokens = {batch}, remat {remat}"),
         ("parameters", f"gathered {gathered}" if layout.shard_degree > 1 else "whole on each rank"),
         ("activations", kept[layout.remat]),
         *([("gradients", summed)] if layout.accumulation > 1 and layout.shard_degree > 1 else []),

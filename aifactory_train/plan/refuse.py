@@ -170,7 +170,7 @@ def check_kind(recipe: Recipe, machine: Machine) -> None:
         (
             (wish.engine == "deepspeed" or stage in (1, 2) or wish.offload == "optimizer") and bool(axes),
             f"layout.{', '.join(axes)} above 1 with deepspeed, which splits over dp_shard alone",
-            "--set layout.engine=fsdp2 with zero_stage 3 and no offload, or leave the axis at auto",
+            "--set layout.engine=fsdp2 --set layout.zero_stage=3 --set layout.offload=none, or leave the axis at auto",
         ),
         (
             (wish.engine == "deepspeed" or stage in (1, 2)) and recipe.optim.name != "adamw",

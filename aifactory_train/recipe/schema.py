@@ -236,7 +236,7 @@ class Recipe(Strict):
         if isinstance(self.layout.remat, float) and self.train.compile is False:
             faults.append(
                 f"layout.remat {self.layout.remat} is a budget for the compiler, and train.compile is false; "
-                "take train.compile true, or remat selective"
+                "--set train.compile=true, or --set layout.remat=selective"
             )
         if faults:
             raise ValueError("\n    ".join(faults))

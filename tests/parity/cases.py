@@ -95,7 +95,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "resharded": {"reshard": True},
     "compile": {"compile": True, "model": "shallow"},
     "compile, remat full": {"compile": True, "remat": "full", "model": "shallow"},
+    "compile, remat budget": {"compile": True, "remat": "budget", "model": "shallow"},
 }
+
+# Pairs are compiled with one remat alone: to compile four ranks takes a minute.
+ONCE = ("compile", "compile, remat budget")
 
 
 def _degrees(axes: tuple[str, ...], **changes: Any) -> Case:
@@ -121,6 +125,7 @@ WITH_EACH_VARIANT = [replace(_degrees((axis,)), **change) for axis in AXES for c
 COMPILED_SHORT = [
     Case(dp_shard=2, compile=True, remat="full", model="shallow"),
     *[_degrees((axis,), compile=True, model="shallow") for axis in ("pp", "cp", "tp")],
+    Case(tp=2, compile=True, remat="budget", model="shallow"),
 ]
 TRIPLES_SHORT = [
     _degrees(triple)
@@ -171,8 +176,7 @@ LONG = [
         *WITH_EACH_VARIANT,
         *TRIPLES,
         *[form for pair in PAIRS for form in _forms(pair)],
-        # Compiled with one remat only: to compile four ranks takes a minute.
-        *[replace(pair, **change) for pair in PAIRS for name, change in VARIANTS.items() if name != "compile"],
+        *[replace(pair, **change) for pair in PAIRS for name, change in VARIANTS.items() if name not in ONCE],
         *_rotated(TRIPLES, 1),
         *FOURS,
     ])

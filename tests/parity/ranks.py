@@ -86,6 +86,7 @@ def build_plan(case: Case) -> Plan:
         reshard_after_forward=case.reshard,
         reduce_each_micro_batch=case.reduce_each,
         remat=case.remat,
+        remat_budget_frac=0.5 if case.remat == "budget" else None,
         compile=case.compile,
         precision="fp32",
         threads_per_rank=1,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
+from aifactory_train.rundir import RunDir, read_jsonl, step_folder
 from training_runs import launched, write_recipe
 
 LOSS_RTOL = 2e-6
@@ -13,15 +15,20 @@ NORM_RTOL = 2e-5
 BF16_LOSS_RTOL = 4e-3  # one rounding to 8 bits of mantissa
 LAYOUTS = {
     "dp_shard": (2, {}),
-    "pp and tp": (4, {"layout__pp": 2, "layout__tp": 2}),
     "cp and dp_replicate": (4, {"layout__cp": 2, "layout__dp_replicate": 2}),
 }
 
 
 @pytest.fixture(scope="module")
-def one_process(words: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+def one_folder(words: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("one")
-    return launched(write_recipe(folder, **words), folder / "run", 1)
+    launched(write_recipe(folder, **words), folder / "run", 1)
+    return folder / "run"
+
+
+@pytest.fixture
+def one_process(one_folder: Path) -> list[dict]:
+    return read_jsonl(RunDir(one_folder).metrics)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -31,6 +38,18 @@ def test_a_launched_layout_has_the_loss_curve_of_one_process(words, tmp_path, on
     assert [r["step"] for r in rows] == list(range(1, 21))
     assert rows[-1]["loss"] < rows[0]["loss"] - 1, "it learns"
     for ours, theirs in zip(rows, one_process, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=LOSS_RTOL), ours["step"]
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=NORM_RTOL), ours["step"]
+
+
+def test_a_run_of_one_process_goes_on_as_a_pipeline_with_tensor_parallelism(words, tmp_path, one_folder, one_process):
+    run = tmp_path / "run"
+    shutil.copytree(one_folder, run)
+    shutil.rmtree(step_folder(RunDir(run).checkpoints, 20))
+    recipe = write_recipe(tmp_path, **words, layout__pp=2, layout__tp=2, train__micro_batch_rows=4)
+    rows = launched(recipe, run, 4)[20:]
+    assert [r["step"] for r in rows] == list(range(11, 21))
+    for ours, theirs in zip(rows, one_process[10:], strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=LOSS_RTOL), ours["step"]
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=NORM_RTOL), ours["step"]
 
