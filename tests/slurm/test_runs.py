@@ -107,16 +107,20 @@ def test_usr2_by_scancel_and_sigterm_of_one_rank_end_in_the_next_job(cluster, re
 
 
 def test_nodes_that_die_cost_the_steps_since_the_last_commit_and_no_line_of_a_log(cluster, recipe, whole, tmp_path):
-    """First the node that has a rank only, then the one with the batch script; Slurm starts the job again each time."""
+    """First the node that has a rank only, then the one with the batch script.
+
+    Slurm starts the job again; on a slow host the batch script may be sooner, and the next job goes on.
+    """
     chain = Chain(cluster, recipe, tmp_path / "run")
-    job = chain.launch()
+    chain.launch()
     chain.wait_for_step(25)
     lose_node(chain, chain.attempt_nodes()[-1], 3)
     chain.wait_for_step(chain.committed() + 25, attempt=2)
     said, log, metrics = chain.said(), chain.log(2), chain.run.metrics.read_text()
     lose_node(chain, chain.attempt_nodes()[0], 4)
     chain.wait_for_end()
-    assert set(chain.job_ids()) == {job} and cluster.job(job)["Restarts"] == "2"
+    jobs = set(chain.job_ids())
+    assert sum(int(cluster.job(job)["Restarts"]) for job in jobs) + len(jobs) - 1 == 2
     assert chain.ends()[1:] == [(0, ""), (0, "done")], "nothing was left to write end.json of the second"
     assert chain.said().startswith(said) and all(f"attempts/00{n}" in chain.said() for n in (1, 2, 3))
     assert chain.log(2).startswith(log), "the log of an attempt stays"
