@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import sys
 from pathlib import Path
 
@@ -19,14 +18,9 @@ from aifactory_train.faults.stopflag import StopFlag
 from aifactory_train.plan.plan import load_plan
 from aifactory_train.rundir import RunDir
 from aifactory_train.train.start import start
+from training_runs import free_port
 
 TIMEOUT_S = 60.0
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 def run_rank(run: Path, rank: int, world_size: int, port: int) -> None:

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -92,6 +93,12 @@ def write_recipe(folder: Path, prepared: Path, corpus: Path, **changes: object) 
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
     return path
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
 
 
 def aifactory(*args: object, timeout_s: float = 240, **env: str) -> subprocess.CompletedProcess[str]:

@@ -13,7 +13,7 @@ from aifactory_train.checkpoint.dcp import read_tensors, stored_tensors
 from aifactory_train.checkpoint.manager import check_model, read_commit, verify_files
 from aifactory_train.errors import CheckpointError, UserError, storage_errors
 from aifactory_train.models.decoder import Decoder
-from aifactory_train.models.parts import copy_into, local_slices, local_tensor
+from aifactory_train.models.parts import DTYPES, copy_into, local_slices, local_tensor
 from aifactory_train.plan.plan import Plan
 from aifactory_train.recipe.schema import Model
 from aifactory_train.rundir import RunDir, committed_steps, step_folder, write_atomic
@@ -72,7 +72,7 @@ def export_run(run: RunDir, plan: Plan) -> str:
         CheckpointError: no commit, a damaged one, or one of another model.
     """
     model = plan.recipe.model
-    dtype = torch.float32 if plan.layout.precision == "fp32" else torch.bfloat16
+    dtype = DTYPES[plan.layout.precision]
     steps = committed_steps(run.checkpoints)
     if not steps:
         raise CheckpointError(

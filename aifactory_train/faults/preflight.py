@@ -20,6 +20,7 @@ from aifactory_train.faults.host import check_binding, check_disk, check_network
 from aifactory_train.machine.machine import Device
 from aifactory_train.metrics.outliers import SLOW_FRAC
 from aifactory_train.metrics.rates import MATMUL_SIZE, measure_matmul_flops_per_s, measure_memory_bytes_per_s
+from aifactory_train.models.parts import DTYPES
 from aifactory_train.units import format_bytes, format_bytes_per_s, format_flops_per_s, format_fraction
 
 # Between what a vendor prints and what is left for programs lie GB against GiB (7 %) and ECC; between two variants
@@ -119,7 +120,7 @@ def _processes_on_gpus() -> str:
 def check_products(here: Here) -> list[Fault]:
     """A GPU is kept at it for a second: memory and arithmetic that go wrong do so when warm."""
     seconds = SOAK_S if here.device.type == "cuda" else 0.0
-    finite, n_wrong, n = repeat_product(here.device, _dtype(here), seconds)
+    finite, n_wrong, n = repeat_product(here.device, DTYPES[here.plan.layout.precision], seconds)
     return product_faults(finite, n_wrong, n)
 
 
@@ -150,9 +151,9 @@ def product_faults(finite: bool, n_wrong: int, n: int) -> list[Fault]:
 
 
 def check_matmul_rate(here: Here) -> list[Fault]:
-    rate = measure_matmul_flops_per_s(here.device, _dtype(here), REPEATS)
+    rate = measure_matmul_flops_per_s(here.device, DTYPES[here.plan.layout.precision], REPEATS)
     here.facts["matmul_flops_per_s"] = rate
-    precision = "fp32" if _dtype(here) == torch.float32 else "bf16"
+    precision = "fp32" if DTYPES[here.plan.layout.precision] == torch.float32 else "bf16"
     wanted = getattr(here.machine.measured.matmul_flops_per_s, precision)
     return rate_faults(f"matrix products ({precision})", rate, _share(here, wanted), format_flops_per_s)
 
@@ -179,11 +180,6 @@ def rate_faults(what: str, seen: float, wanted: float | None, shown: Callable[[f
             "leave this node out: sbatch --exclude; if all nodes are that slow, measure again: aifactory-train probe",
         )
     ]
-
-
-def _dtype(here: Here) -> torch.dtype:
-    """With fp8 that of all other products."""
-    return torch.float32 if here.plan.layout.precision == "fp32" else torch.bfloat16
 
 
 def _mem_total_bytes(meminfo: str) -> int | None:

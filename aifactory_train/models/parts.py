@@ -10,6 +10,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement
 
+# What a model computes in, by the precision of a layout.
+# Matrix products in fp8 are an affair of their own modules; everything around them is bf16.
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16, "fp8_rowwise": torch.bfloat16}
+
 
 @dataclass(frozen=True)
 class ModelParts:

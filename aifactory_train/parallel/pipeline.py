@@ -18,9 +18,8 @@ from torch.distributed.pipelining import (
     ScheduleZBVZeroBubble,
 )
 
-from aifactory_train.models.parts import ModelParts, local_tensor
+from aifactory_train.models.parts import DTYPES, ModelParts, local_tensor
 from aifactory_train.parallel.mesh import Mesh
-from aifactory_train.parallel.shard import DTYPES
 from aifactory_train.plan.plan import Plan
 from aifactory_train.plan.stages import stages_of_rank
 

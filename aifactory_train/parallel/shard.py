@@ -5,12 +5,9 @@ from __future__ import annotations
 import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from aifactory_train.models.parts import ModelParts
+from aifactory_train.models.parts import DTYPES, ModelParts
 from aifactory_train.parallel.mesh import Mesh
 from aifactory_train.plan.contract import Layout
-
-# Matrix products in fp8 are an affair of their own modules; everything around them is bf16.
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16, "fp8_rowwise": torch.bfloat16}
 
 
 def apply_fsdp(parts: ModelParts, mesh: Mesh, layout: Layout) -> None:

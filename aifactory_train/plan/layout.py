@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 from aifactory_train.machine.machine import Machine
 from aifactory_train.plan.contract import Layout
-from aifactory_train.plan.stages import V_SCHEDULES
+from aifactory_train.plan.stages import STAGES_PER_RANK, V_SCHEDULES
 from aifactory_train.recipe.schema import Model, Recipe
 
 Schedule = Literal["1f1b", "interleaved", "zbv", "dualpipev"]
@@ -142,10 +142,8 @@ def schedules(recipe: Recipe) -> tuple[tuple[Schedule, int], ...]:
     wish = recipe.layout.pipeline_schedule
     if wish == "auto":
         return SCHEDULES_ON_AUTO
-    if wish == "1f1b":
-        return (("1f1b", 1),)
-    if wish == "zbv" or wish == "dualpipev":
-        return ((wish, 2),)
+    if wish == "1f1b" or wish == "zbv" or wish == "dualpipev":
+        return ((wish, STAGES_PER_RANK[wish]),)
     return (("interleaved", int(wish.removeprefix("interleaved-"))),)
 
 

@@ -30,7 +30,7 @@ from aifactory_train.plan.rates import device_rates, rate_key
 from aifactory_train.plan.refuse import check_wishes, nothing_left
 from aifactory_train.plan.search import Candidate, Ranking, search
 from aifactory_train.plan.shape import build_shape
-from aifactory_train.plan.stages import V_SCHEDULES
+from aifactory_train.plan.stages import STAGES_PER_RANK, V_SCHEDULES
 from aifactory_train.plan.steptime import estimate_step_time_s, total_step_time_s
 from aifactory_train.plan.support import why_not_trainable
 from aifactory_train.plan.work import work_of
@@ -83,6 +83,10 @@ def _arithmetic_faults(plan: Plan) -> list[str]:
     faults = [f"{key} is {getattr(at, key)}" for key in (*counts, "threads_per_rank") if getattr(at, key) < 1]
     if faults:
         return faults
+    if at.world_size % at.n_nodes:
+        faults.append(f"world_size is {at.world_size}, no multiple of n_nodes {at.n_nodes}")
+    if (at.remat == "budget") != (at.remat_budget_frac is not None and 0 < at.remat_budget_frac < 1):
+        faults.append(f"remat is {at.remat} and remat_budget_frac {at.remat_budget_frac}; a budget is between 0 and 1")
     if (product := math.prod(getattr(at, key) for key in degrees)) != at.world_size:
         faults.append(f"world_size is {at.world_size}, and {' x '.join(degrees)} is {product}")
     if (shared := at.dp * at.accumulation * at.micro_batch_rows) != rows:
@@ -111,9 +115,10 @@ def _pipeline_faults(plan: Plan) -> list[str]:
     if at.pp == 1:
         return []
     faults = []
-    of_schedule = {"1f1b": 1, "zbv": 2, "dualpipev": 2}.get(at.pipeline_schedule)
-    if of_schedule not in (None, at.stages_per_rank):
-        faults.append(f"stages_per_rank is {at.stages_per_rank}, and {at.pipeline_schedule} has {of_schedule}")
+    of_schedule = STAGES_PER_RANK.get(at.pipeline_schedule)
+    if at.stages_per_rank != of_schedule and (of_schedule or at.stages_per_rank == 1):
+        has = of_schedule or "2 or more"
+        faults.append(f"stages_per_rank is {at.stages_per_rank}, and {at.pipeline_schedule} has {has}")
     if (n_stages := at.pp * at.stages_per_rank) > n_layers:
         faults.append(
             f"pp {at.pp} x stages_per_rank {at.stages_per_rank} are {n_stages}, and there are {n_layers} layers"

@@ -13,6 +13,8 @@ from aifactory_train.plan.contract import Layout
 from aifactory_train.recipe.schema import Model
 
 V_SCHEDULES = ("zbv", "dualpipev")
+# Of the schedules that leave no choice; interleaved has 2 or more.
+STAGES_PER_RANK = {"1f1b": 1, "zbv": 2, "dualpipev": 2}
 
 
 def layers_by_stage(model: Model, n_stages: int, counts_head: bool = True) -> tuple[range, ...]:

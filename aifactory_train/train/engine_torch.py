@@ -13,10 +13,9 @@ from torch.distributed.fsdp import FSDPModule
 
 from aifactory_train.data.loader import Batch
 from aifactory_train.errors import TrainingFault
-from aifactory_train.models.parts import ModelParts, is_on_each_rank, local_tensor
+from aifactory_train.models.parts import DTYPES, ModelParts, is_on_each_rank, local_tensor
 from aifactory_train.parallel.context import local_tokens
 from aifactory_train.parallel.mesh import Mesh
-from aifactory_train.parallel.shard import DTYPES
 from aifactory_train.plan.plan import Plan
 from aifactory_train.train.engine import StepStats
 from aifactory_train.train.optim import build_optimizers, build_state, lr_factor, set_lr

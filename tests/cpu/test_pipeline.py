@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import traceback
 from collections import Counter
 from collections.abc import Iterator
@@ -31,7 +30,7 @@ from aifactory_train.recipe.schema import Model
 from aifactory_train.train.engine_torch import TorchEngine
 from aifactory_train.train.setup import build_engine
 from results_run import a_plan
-from training_runs import MODEL
+from training_runs import MODEL, free_port
 
 WORLD = 2
 ROWS, TOKENS, N_MICRO = 8, 16, 4
@@ -107,12 +106,6 @@ def group(rank: int, world_size: int, port: int) -> Iterator[None]:
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world_size, timeout=limit)
     yield
     dist.destroy_process_group()
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import aifactory_train.models.decoder as decoder_module
 from aifactory_train.models.attention import Attention, build_mask
 from aifactory_train.models.decoder import Block, Decoder
+from aifactory_train.models.parts import DTYPES
 from aifactory_train.parallel.apply import apply_parallelism
 from aifactory_train.parallel.mesh import build_mesh
 from aifactory_train.parallel.remat import apply_remat
-from aifactory_train.parallel.shard import DTYPES
 from aifactory_train.plan import shape
 from aifactory_train.plan.contract import Layout
 from aifactory_train.plan.memory import estimate_memory

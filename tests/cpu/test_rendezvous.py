@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from training_runs import aifactory, write_recipe
+from training_runs import aifactory, free_port, write_recipe
 
 TORCHRUN = {"LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
 
@@ -21,12 +21,6 @@ def two_ranks(words, tmp_path_factory):
     done = aifactory("plan", write_recipe(folder, **words), "--cpu-ranks", 2, "--run", folder / "run")
     assert done.returncode == 0, done.stderr
     return folder / "run"
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def train(run, rank: int, world: int, port: int, timeout_s: float):

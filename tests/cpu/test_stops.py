@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,7 +11,7 @@ import pytest
 
 from aifactory_train.checkpoint.manager import committed_steps
 from aifactory_train.rundir import RunDir, read_jsonl
-from training_runs import aifactory, kill_ranks, pids, start_launch, wait_until, write_recipe
+from training_runs import aifactory, free_port, kill_ranks, pids, start_launch, wait_until, write_recipe
 
 # With the slowest start that a busy machine has shown, and far below the time-out of a collective.
 BOUND_S = 60
@@ -43,12 +42,6 @@ def start_rank():
     for process in started:
         process.kill()
         process.wait()
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def torchrun_rank(rank: int, port: int) -> dict[str, str]:

@@ -142,6 +142,10 @@ def test_a_deadline_that_cannot_be_met_names_keys_that_are_accepted(deadline, sh
         ({"pp": 2, "dp_shard": 1, "micro_batch_rows": 16}, "accumulation 1 is no number of micro-batches for 1f1b"),
         ({"pp": 2, "dp_shard": 1, "pipeline_schedule": "zbv"}, "stages_per_rank is 1, and zbv has 2"),
         ({"pp": 2, "dp_shard": 1, "stages_per_rank": 9}, "pp 2 x stages_per_rank 9 are 18, and there are 4 layers"),
+        ({"pp": 2, "dp_shard": 1, "pipeline_schedule": "interleaved"}, "is 1, and interleaved has 2 or more"),
+        ({"n_nodes": 3}, "world_size is 2, no multiple of n_nodes 3"),
+        ({"remat": "budget"}, "remat is budget and remat_budget_frac None"),
+        ({"remat_budget_frac": 0.5}, "remat is none and remat_budget_frac 0.5"),
         ({"world_size": 3}, "world_size is 3, and pp x dp_replicate x dp_shard x cp x tp is 2"),
     ],
 )
