@@ -41,11 +41,12 @@ NEVER = {
 
 # Third-party packages that only these files of ours may import.
 ONLY_IN = {
-    "transformers": {"models/hf.py", "data/tokenize.py", "checkpoint/export.py"},
+    "transformers": {"models/hf.py", "data/tokenize.py", "checkpoint/export.py", "checkpoint/huggingface.py"},
     "deepspeed": {"train/engine_deepspeed.py"},
     "wandb": {"metrics/sinks.py"},
     "mpi4py": {"train/ranks.py"},
     "torchao": {"parallel/precision.py"},
+    "peft": {"models/lora.py"},
 }
 TORCH_NEVER = {"errors", "units", "rundir", "strictyaml", "hostlist", "recipe", "machine", "plan", "launch", "results"}
 TORCH_LAZILY = {"data", "cli"}

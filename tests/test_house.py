@@ -118,8 +118,9 @@ def test_the_recipe_is_small_and_every_field_is_read() -> None:
     for name, reads in rules.properties(OURS[schema]).items():
         read |= reads if name in read else set()
     faults = [f"{schema}: {key} is read nowhere" for key in fields if key.rsplit(".", 1)[-1] not in read]
-    if len(fields) > 70:
-        faults.append(f"{schema}: {len(fields)} fields, at most 70")
+    # 70 for what is ours; foreign models, adapters, chats and DeepSpeed's JSON bring 12.
+    if len(fields) > 82:
+        faults.append(f"{schema}: {len(fields)} fields, at most 82")
     hold("a knob that does nothing, or too many knobs", faults, "use the field or remove it")
 
 

@@ -14,6 +14,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
 from aifactory_train.errors import storage_fault
+from aifactory_train.models.flat import FlatSlice
 
 State = dict[str, Any]
 
@@ -27,8 +28,26 @@ class Stager:
 
     def stage(self, state: State) -> State:
         """A copy in host memory that is this object's own; the next call overwrites it."""
-        staged = self._stager.stage(state)
-        return staged if isinstance(staged, dict) else staged.result()
+        staged = self._stager.stage(_tensors(state))
+        return _like(state, staged if isinstance(staged, dict) else staged.result())
+
+
+def _tensors(state: State) -> State:
+    """With the storage of each FlatSlice in its place: torch's stager would make whole tensors of them."""
+    of = {k: _tensors(v) if isinstance(v, dict) else v for k, v in state.items()}
+    return {k: v.local_X if isinstance(v, FlatSlice) else v for k, v in of.items()}
+
+
+def _like(state: State, staged: State) -> State:
+    """`staged` with a FlatSlice wherever `state` has one."""
+    return {
+        k: _like(v, staged[k])
+        if isinstance(v, dict)
+        else v.with_local(staged[k])
+        if isinstance(v, FlatSlice)
+        else staged[k]
+        for k, v in state.items()
+    }
 
 
 @contextmanager
@@ -56,10 +75,15 @@ class _Writer(dcp.FileSystemWriter):
             raise OSError(fault.errno, fault.strerror) from error
 
 
-def write_tensors(state: State, folder: Path, group: dist.ProcessGroup) -> None:
-    """Write each rank's part, fsynced. Collective over `group` (gloo); returns when all ranks are done."""
-    with _ordinary_errors():
-        dcp.save(state, storage_writer=_Writer(folder, sync_files=True), process_group=group)
+def write_tensors(state: State, folder: Path, group: dist.ProcessGroup | None = None) -> None:
+    """Write each rank's part, fsynced. Collective over `group` (gloo); returns when all ranks are done.
+
+    Without a group this process writes alone.
+    """
+    with _ordinary_errors(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        writer = _Writer(folder, sync_files=True)
+        dcp.save(state, storage_writer=writer, process_group=group, no_dist=group is None)
 
 
 def read_tensors(state: State, folder: Path, group: dist.ProcessGroup | None = None) -> None:

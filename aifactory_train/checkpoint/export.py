@@ -13,7 +13,7 @@ from aifactory_train.checkpoint.dcp import read_tensors, stored_tensors
 from aifactory_train.checkpoint.manager import check_model, read_commit, verify_files
 from aifactory_train.errors import CheckpointError, UserError, storage_errors
 from aifactory_train.models.decoder import Decoder
-from aifactory_train.models.parts import DTYPES, copy_into, local_slices, local_tensor
+from aifactory_train.models.parts import DTYPES, boxes
 from aifactory_train.plan.plan import Plan
 from aifactory_train.recipe.schema import Model
 from aifactory_train.rundir import RunDir, committed_steps, step_folder, write_atomic
@@ -171,10 +171,8 @@ def load_huggingface(decoder: Decoder, folder: Path) -> None:
                         where=str(folder),
                         do=do,
                     )
-                if hasattr(parameter, "placements"):
-                    local_tensor(parameter).copy_(stored[local_slices(parameter)])  # type: ignore[arg-type]
-                else:
-                    copy_into(parameter, stored[:])
+                for box, view in boxes(parameter):
+                    view.copy_(stored[box])
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{files[name]} cannot be read: {error}", where=str(folder), do=do) from None
 

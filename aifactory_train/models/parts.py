@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement
 
+from aifactory_train.models.flat import Box, FlatSlice
+
 # What a model computes in, by the precision of a layout.
 # Matrix products in fp8 are an affair of their own modules; everything around them is bf16.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16, "fp8_rowwise": torch.bfloat16}
@@ -77,7 +79,21 @@ def is_on_each_rank(tensor: Tensor, axis: str) -> bool:
     return tensor.placements[tensor.device_mesh.mesh_dim_names.index(axis)].is_replicate()
 
 
+def boxes(weight: Tensor) -> list[tuple[Box, Tensor]]:
+    """Which boxes of the whole tensor this rank has, and a view of its storage for each.
+
+    Args:
+        weight: whole, a DTensor, or a FlatSlice.
+    """
+    if isinstance(weight, FlatSlice):
+        return weight.boxes()
+    if isinstance(weight, DTensor):
+        return [(local_slices(weight), weight.to_local())]
+    return [(tuple(slice(0, n) for n in weight.shape), weight)]
+
+
 @torch.no_grad()
-def copy_into(parameter: Tensor, full: Tensor) -> None:
-    """Copy this rank's part of a whole tensor into a parameter that may be sharded."""
-    local_tensor(parameter).copy_(local_part(parameter, full))
+def copy_into(weight: Tensor, full: Tensor) -> None:
+    """Copy this rank's part of a whole tensor into a weight."""
+    for box, view in boxes(weight):
+        view.copy_(full[box])

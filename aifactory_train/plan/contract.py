@@ -25,7 +25,9 @@ class Layout(Part):
     remat_budget_frac: with remat "budget", the share of activation memory that the compiler may keep.
     reduce_each_micro_batch: gradients are reduced in each micro-batch and added up as shards, instead of once per
         step and added up unsharded.
-    offload: "optimizer" keeps the optimizer state in host memory and steps there.
+    offload: "optimizer" keeps the optimizer state in host memory and steps there; "parameters" keeps the weights there
+        too, and brings them to the device block by block.
+    model_code: "own" is our decoder, "transformers" the code of the model's family there.
     device_order: the device of each local rank of a node; empty where local rank n drives device n.
     """
 
@@ -49,7 +51,8 @@ class Layout(Part):
     remat_budget_frac: float | None = None
     compile: bool = False
     precision: Literal["fp32", "bf16", "fp8", "fp8_rowwise"]
-    offload: Literal["none", "optimizer"] = "none"
+    offload: Literal["none", "optimizer", "parameters"] = "none"
+    model_code: Literal["own", "transformers"] = "own"
     threads_per_rank: int
     device_order: list[int] = []
 

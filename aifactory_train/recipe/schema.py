@@ -50,9 +50,18 @@ class RopeScaling(Strict):
 
 
 class Model(Strict):
-    """A decoder. Field names follow `transformers` where it has one; see configs/models/."""
+    """A decoder. Field names follow `transformers` where it has one; see configs/models/.
 
-    family: Literal["llama", "mistral", "qwen3"]
+    `hf: FOLDER` or a hub id in a recipe stands for all of it: recipe/huggingface.py fills the rest from config.json.
+
+    family: "other" is a model that only the code of `transformers` has; its numbers are what the plan counts with.
+    init_from: a folder of weights in safetensors; without it they are random.
+    hf_config: config.json as it was read.
+    trust_remote_code: whether Python files of the folder may run.
+    ffn_size: of one expert where there are several.
+    """
+
+    family: Literal["llama", "mistral", "qwen2", "qwen3", "other"]
     vocab_size: Count
     hidden_size: Count
     ffn_size: Count
@@ -67,11 +76,21 @@ class Model(Strict):
     tied_embeddings: bool
     init_std: Positive = 0.02
     init_from: str | None = None
+    n_mlp_matrices: Literal[2, 3] = 3
+    n_experts: Count = 1
+    n_active_experts: Count = 1
+    hf: str | None = None
+    hf_config: dict[str, Any] | None = None
+    trust_remote_code: bool = False
 
     @property
     def qk_norm(self) -> bool:
         """RMSNorm on each head of q and k before RoPE."""
         return self.family == "qwen3"
+
+    @property
+    def qkv_bias(self) -> bool:
+        return self.family == "qwen2"
 
     @model_validator(mode="after")
     def _shapes(self) -> Model:
@@ -79,11 +98,19 @@ class Model(Strict):
             raise ValueError(f"n_heads {self.n_heads} is not divisible by n_kv_heads {self.n_kv_heads}")
         if self.head_size % 2:
             raise ValueError(f"head_size {self.head_size} is odd, RoPE rotates pairs; take an even one")
+        if self.n_active_experts > self.n_experts:
+            raise ValueError(f"n_active_experts {self.n_active_experts} is more than n_experts {self.n_experts}")
+        if self.family == "other" and self.hf_config is None:
+            raise ValueError("family other is what hf: FOLDER makes of a model; give hf: FOLDER alone")
         return self
 
 
 class Source(Strict):
-    """One text source: local files, a hub dataset, or Python's own standard library."""
+    """One text source: local files, a hub dataset, or Python's own standard library.
+
+    messages_key: of chats, lists of {role, content}, in place of `text_key`. They are rendered by the tokenizer's chat
+        template, and the loss counts on what the assistant says.
+    """
 
     name: str = Field(pattern=NAME)
     path: str | None = None
@@ -92,6 +119,7 @@ class Source(Strict):
     hub_split: str = "train"
     python_stdlib: bool = False
     text_key: str = "text"
+    messages_key: str | None = None
     weight: Positive = 1.0
 
     @model_validator(mode="after")
@@ -140,6 +168,17 @@ class Train(Strict):
     compile: bool | Auto = "auto"
 
 
+class Lora(Strict):
+    """Low-rank adapters by `peft` (Hu et al., arxiv.org/abs/2106.09685); the weights of the model stay as they are.
+
+    targets: names of linears, or "all-linear" for all of the blocks.
+    """
+
+    rank: Count
+    alpha: Positive
+    targets: Annotated[list[str], Field(min_length=1)] | Literal["all-linear"] = "all-linear"
+
+
 class Optim(Strict):
     """AdamW everywhere, or Muon on the matrices of the blocks and AdamW on the rest."""
 
@@ -175,9 +214,12 @@ class Layout(Strict):
     """What the plan may not decide freely: each value that is given is kept. plan/contract.py says what they mean.
 
     remat: a fraction is the share of activation memory that the compiler may keep; it chooses what it computes again.
+    model_code: "own" is our decoder, "transformers" the model's own code there.
+    deepspeed: options of DeepSpeed's JSON, or the path of such a file; merged into what the plan makes of itself.
     """
 
     engine: Literal["fsdp2", "deepspeed"] | Auto = "auto"
+    model_code: Literal["own", "transformers"] | Auto = "auto"
     pp: Count | Auto = "auto"
     dp_replicate: Count | Auto = "auto"
     dp_shard: Count | Auto = "auto"
@@ -188,7 +230,8 @@ class Layout(Strict):
     cp_attention: Literal["all_gather", "ring", "ulysses"] | Auto = "auto"
     reshard_after_forward: bool | Auto = "auto"
     remat: Literal["none", "selective", "full"] | BudgetFraction | Auto = "auto"
-    offload: Literal["none", "optimizer"] | Auto = "auto"
+    offload: Literal["none", "optimizer", "parameters"] | Auto = "auto"
+    deepspeed: dict[str, Any] | None = None
 
 
 class Checkpoint(Strict):
@@ -208,6 +251,7 @@ class Recipe(Strict):
     model: Model
     data: Data
     train: Train
+    lora: Lora | None = None
     optim: Optim
     schedule: Schedule = Schedule()
     layout: Layout = Layout()
