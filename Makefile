@@ -1,5 +1,6 @@
 # Two commands matter: `make demo` and `make test`. Everything they need is set up in .venv on the first call.
 #
+#   ENGINE=deepspeed    demo trains with that engine in place of fsdp2
 #   PYTHON=python3.12   the interpreter that .venv is made from (3.11 or newer)
 #   ROWS=FILE.csv       other published rows for plan-accuracy, judged with the shipped constants
 #   REFIT=1             plan-accuracy prints the constants fitted on all rows
@@ -12,6 +13,7 @@ MAKEFLAGS += --no-print-directory
 
 PYTHON ?= python3
 SITE_TORCH ?=
+ENGINE ?=
 ROWS ?=
 REFIT ?=
 VENV := .venv
@@ -19,6 +21,7 @@ BIN := $(VENV)/bin
 RUN := $(BIN)/aifactory-train
 MACHINE := runs/local-machine.yaml
 DEMO := configs/recipes/demo.yaml
+DEMO_RUN := runs/demo$(ENGINE:%=-%)
 YARDSTICK := configs/recipes/cpu-yardstick.yaml
 
 # Of pip's output: one line per download, and the slow last step. Its errors go past the filter, on stderr.
@@ -30,6 +33,7 @@ title = @printf '\n== %s\n' '$(1)'
 .PHONY: help demo test parity check launchers bench-peers plan-accuracy gpu-check clean
 help:
 	@echo 'make demo         from text to a trained, exported, sampled language model (2 CPU ranks, or the GPU)'
+	@echo '                  ENGINE=deepspeed: with that engine'
 	@echo 'make test         all tests that need no GPU'
 	@echo 'make parity       every layout against one process, the long list too; writes docs/parity.md'
 	@echo 'make check        format, types, house rules, fast tests: under a minute'
@@ -39,17 +43,17 @@ help:
 	@echo 'make launchers    render launchers/*.sbatch anew from configs/machines/'
 	@echo 'make clean        remove .venv, builds and caches; runs/ and prepared/ stay'
 
-demo: $(VENV)/.installed $(MACHINE)
+demo: $(VENV)/.installed $(ENGINE:%=$(VENV)/.installed-%) $(MACHINE)
 	$(call title,prepare: text to tokens)
 	@$(RUN) prepare $(DEMO)
 	$(call title,plan and launch: 2 MPI ranks train)
-	@$(RUN) launch $(DEMO) --machine $(MACHINE) --cpu-ranks 2 --run runs/demo
+	@$(RUN) launch $(DEMO) --machine $(MACHINE) --cpu-ranks 2 --run $(DEMO_RUN) $(ENGINE:%=--set layout.engine=%)
 	$(call title,export: a Hugging Face folder)
-	@$(RUN) export runs/demo
+	@$(RUN) export $(DEMO_RUN)
 	$(call title,report)
-	@$(RUN) report runs/demo
+	@$(RUN) report $(DEMO_RUN)
 	$(call title,sample: plain transformers reads the export)
-	@$(RUN) sample runs/demo --prompt "def __init__(self"
+	@$(RUN) sample $(DEMO_RUN) --prompt "def __init__(self"
 
 $(MACHINE): | $(VENV)/.installed
 	$(call title,probe: what this machine can do)
@@ -100,6 +104,13 @@ $(VENV)/.installed: setup.py constraints.txt | $(VENV)/bin/python
 	@sed '$(if $(SITE_TORCH),/^torch==/d)' constraints.txt > $(VENV)/constraints.txt
 	@echo '== install aifactory-train and what it needs (once; torch is the large one)'
 	@$(PIP_INSTALL) -e . | $(PIP_LINES)
+	@touch $@
+
+$(VENV)/.installed-fsdp2: ;
+
+$(VENV)/.installed-%: setup.py constraints.txt | $(VENV)/.installed
+	@echo '== install what $* needs (once)'
+	@$(PIP_INSTALL) -e '.[$*]' | $(PIP_LINES)
 	@touch $@
 
 $(VENV)/.installed-test: setup.py constraints.txt | $(VENV)/.installed

@@ -103,6 +103,8 @@ setup(
     ],
     extras_require={
         "wandb": ["wandb"],
+        "deepspeed": ["deepspeed>=0.16"],
+        "lora": ["peft"],
         "fp8": ["torchao"],
         "test": [
             "pytest",
@@ -111,6 +113,8 @@ setup(
             "mypy",
             "types-PyYAML",
             "accelerate",
+            "deepspeed>=0.16",
+            "peft",
             "wandb",
             "setuptools",
             "scipy",
