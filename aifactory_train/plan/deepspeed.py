@@ -1,0 +1,162 @@
+"""The JSON of DeepSpeed that a plan stands for, and where a user's own JSON contradicts it. No DeepSpeed needed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from aifactory_train.errors import PlanError
+from aifactory_train.plan.contract import Layout
+from aifactory_train.plan.memory import DEEPSPEED_BUCKET
+from aifactory_train.plan.plan import Plan
+from aifactory_train.recipe.schema import Recipe
+
+Options = dict[str, Any]
+
+# Hugging Face's word for "what the trainer says".
+AUTO = "auto"
+
+# Where the recipe says what a key of DeepSpeed says.
+RECIPE_KEY = {
+    "train_batch_size": "train.global_batch_tokens",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_rows",
+    "gradient_accumulation_steps": "train.micro_batch_rows",
+    "gradient_clipping": "optim.grad_clip_norm",
+    "bf16.enabled": "train.precision",
+    "fp16.enabled": "train.precision",
+    "zero_optimization.stage": "layout.zero_stage",
+    "zero_optimization.offload_optimizer.device": "layout.offload",
+    "zero_optimization.offload_param.device": "layout.offload",
+    "optimizer.type": "optim.name",
+    "optimizer.params.lr": "optim.lr",
+    "optimizer.params.betas": "optim.beta1 and optim.beta2",
+    "optimizer.params.eps": "optim.eps",
+    "optimizer.params.weight_decay": "optim.weight_decay",
+}
+# Sections that would do what the recipe or the launcher does, and where it is said.
+NOT_THEIRS = {
+    "scheduler": "schedule.shape, schedule.warmup_tokens and schedule.min_lr_frac",
+    "amp": "train.precision",
+    "torch_autocast": "train.precision",
+    "activation_checkpointing": "layout.remat",
+    "compile": "train.compile",
+    "tensor_parallel": "layout.tp",
+    "sequence_parallel_size": "layout.cp",
+    "pipeline": "layout.pp",
+    "checkpoint": "checkpoint.every_steps",
+    "data_efficiency": "data",
+    "curriculum_learning": "data",
+}
+
+
+def ds_config(plan: Plan) -> Options:
+    """What `deepspeed.initialize` gets: the plan, our defaults, and the user's own options for all else.
+
+    Raises:
+        PlanError: the user's options contradict the plan; names each key, both values and what to type.
+    """
+    ours, theirs = decided(plan.recipe, plan.layout), plan.recipe.layout.deepspeed or {}
+    faults = conflicts(ours, theirs)
+    if faults:
+        error = PlanError(
+            "the options of DeepSpeed contradict the plan:\n    " + "\n    ".join(faults),
+            where="recipe: layout.deepspeed",
+            do='change one of the two; "auto" is what the plan says',
+        )
+        error.on_every_rank = True  # all ranks read the same plan
+        raise error
+    config = _merged(_merged(defaults(plan.shape.n_parameters), theirs), ours)
+    zero = config["zero_optimization"]
+    for key in ("offload_optimizer", "offload_param"):
+        if zero[key]["device"] == "none":
+            del zero[key]
+    return config
+
+
+def decided(recipe: Recipe, layout: Layout) -> Options:
+    """What recipe and layout say in the words of DeepSpeed, and nobody may say otherwise."""
+    optim = recipe.optim
+    return {
+        "train_batch_size": layout.dp * layout.accumulation * layout.micro_batch_rows,
+        "train_micro_batch_size_per_gpu": layout.micro_batch_rows,
+        "gradient_accumulation_steps": layout.accumulation,
+        "gradient_clipping": optim.grad_clip_norm,
+        "bf16": {"enabled": layout.precision == "bf16"},
+        "fp16": {"enabled": False},
+        "zero_optimization": {
+            "stage": layout.zero_stage,
+            "offload_optimizer": {"device": "none" if layout.offload == "none" else "cpu"},
+            "offload_param": {"device": "cpu" if layout.offload == "parameters" else "none"},
+        },
+        "optimizer": {
+            "type": "AdamW" if optim.name == "adamw" else "Muon",
+            "params": {
+                "lr": optim.lr,
+                "betas": [optim.beta1, optim.beta2],
+                "eps": optim.eps,
+                "weight_decay": optim.weight_decay,
+            },
+        },
+    }
+
+
+def defaults(n_parameters: int) -> Options:
+    """What we choose where the user does not: gradients are added up and reduced in float32, and nothing is printed."""
+    return {
+        "communication_data_type": "fp32",
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_optimization": {
+            "reduce_bucket_size": min(n_parameters, DEEPSPEED_BUCKET),
+        },
+        # The step is torch's own on either device, so that nothing has to be compiled.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": None,
+        "timers": {"throughput": {"enabled": False}},  # it would wait for the device at each step
+    }
+
+
+def conflicts(ours: Options, theirs: Options) -> list[str]:
+    """One line for each key of `theirs` that says something else than `ours`, with both values and what to type.
+
+    Args:
+        ours: of `decided`.
+        theirs: DeepSpeed's JSON as a user wrote it.
+    """
+    return [*_differences(ours, theirs, ""), *(f"{key}: {_remove(where)}" for key, where in NOT_THEIRS.items()
+                                               if key in theirs and not _is_auto(theirs[key]))]  # fmt: skip
+
+
+def _differences(ours: Options, theirs: Options, prefix: str) -> list[str]:
+    found = []
+    for name, value in theirs.items():
+        key = prefix + name
+        if name not in ours or _is_auto(value):
+            continue
+        if isinstance(ours[name], dict) and isinstance(value, dict):
+            found += _differences(ours[name], value, f"{key}.")
+        elif ours[name] != value:
+            where = RECIPE_KEY.get(key, "the recipe")
+            found.append(f"{key}: the plan has {ours[name]!r}, layout.deepspeed has {value!r}; {_remove(where)}")
+    return found
+
+
+def _remove(where: str) -> str:
+    return f"say it by {where}, and take the key out of layout.deepspeed"
+
+
+def _is_auto(value: Any) -> bool:
+    """Whether all that a user says is that we shall say it."""
+    return all(map(_is_auto, value.values())) if isinstance(value, dict) else value == AUTO
+
+
+def _merged(first: Options, second: Options) -> Options:
+    """Both, with the second where they differ; "auto" says nothing."""
+    both = dict(first)
+    for key, value in second.items():
+        if isinstance(value, dict):
+            inner = _merged(first[key] if isinstance(first.get(key), dict) else {}, value)
+            if inner or not value:
+                both[key] = inner
+        elif value != AUTO:
+            both[key] = value
+    return both
