@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from aifactory_train.errors import RecipeError
+from aifactory_train.recipe.huggingface import expand
 from aifactory_train.recipe.schema import Recipe
 from aifactory_train.strictyaml import Key, parse_yaml, read_yaml, validate
 
@@ -22,6 +23,9 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     data = _read_extended(Path(path), origins, ())
     for text in overrides or []:
         _apply_override(data, text, origins)
+    if isinstance(data.get("model"), dict):
+        where = origins.get(("model", "hf"), str(path))
+        data["model"] = expand(data["model"], where)
     return validate(Recipe, data, origins, str(path), RecipeError)
 
 
