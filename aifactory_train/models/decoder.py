@@ -1,4 +1,4 @@
-"""Our own decoder: Llama, Mistral and Qwen3, with the parameter names of their Hugging Face models.
+"""Our own decoder: Llama, Mistral, Qwen2 and Qwen3, with the parameter names of their Hugging Face models.
 
 Because the names and shapes are the same, weights travel in both directions without a map.
 Shapes: B rows, T tokens, D width, N query heads, K key/value heads, H head width, V vocabulary.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from aifactory_train.models.attention import LOCAL, Mask
 from aifactory_train.models.loss import ChunkLoss, cross_entropy_sum
-from aifactory_train.models.parts import ModelParts, copy_into, local_tensor
+from aifactory_train.models.parts import ModelParts, boxes, copy_into, local_tensor
 from aifactory_train.recipe.schema import Model
 
 
@@ -66,9 +67,9 @@ class SelfAttention(nn.Module):
         width, head = model.hidden_size, model.head_size
         self.head_size = head
         self.attention = LOCAL
-        self.q_proj = nn.Linear(width, model.n_heads * head, bias=False)
-        self.k_proj = nn.Linear(width, model.n_kv_heads * head, bias=False)
-        self.v_proj = nn.Linear(width, model.n_kv_heads * head, bias=False)
+        self.q_proj = nn.Linear(width, model.n_heads * head, bias=model.qkv_bias)
+        self.k_proj = nn.Linear(width, model.n_kv_heads * head, bias=model.qkv_bias)
+        self.v_proj = nn.Linear(width, model.n_kv_heads * head, bias=model.qkv_bias)
         self.o_proj = nn.Linear(model.n_heads * head, width, bias=False)
         self.q_norm = RMSNorm(head, model.norm_eps) if model.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(head, model.norm_eps) if model.qk_norm else nn.Identity()
@@ -185,22 +186,33 @@ class Decoder(nn.Module):
         return angle_BTP.cos(), angle_BTP.sin()
 
 
-@torch.no_grad()
 def init_weights(decoder: Decoder, seed: int) -> None:
-    """Fill every parameter; each from its own generator, so the numbers do not depend on the number of ranks.
+    """`fill_weights` of all parameters of a decoder, sharded or not."""
+    fill_weights(dict(decoder.named_parameters()), decoder.shape, seed)
+
+
+@torch.no_grad()
+def fill_weights(weights: Mapping[str, Tensor], model: Model, seed: int) -> None:
+    """Fill every weight; each from its own generator, so the numbers do not depend on the number of ranks.
 
     Matrices are normal with std `init_std`; those that write into the residual stream (o_proj, down_proj) are
-    scaled by 1/sqrt(2 * n_layers) (GPT-2, section 2.3); norms are 1.
+    scaled by 1/sqrt(2 * n_layers) (GPT-2, section 2.3); norms are 1, biases 0.
     """
-    std = decoder.shape.init_std
-    residual_std = std / math.sqrt(2 * decoder.shape.n_layers)
-    for name, parameter in decoder.named_parameters():
-        if parameter.ndim == 1:
-            parameter.fill_(1.0)
+    std = model.init_std
+    residual_std = std / math.sqrt(2 * model.n_layers)
+    for name, weight in weights.items():
+        views = [view for _, view in boxes(weight)]
+        if weight.ndim == 1:
+            for view in views:
+                view.fill_(0.0 if name.endswith(".bias") else 1.0)
             continue
-        device = local_tensor(parameter).device
+        name = name.replace(".base_layer.", ".")
+        # Where a rank has nothing of a weight, it makes no numbers either.
+        if not views:
+            continue
+        device = views[0].device
         digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
         generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         scale = residual_std if name.endswith(("o_proj.weight", "down_proj.weight")) else std
-        full = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
-        copy_into(parameter, full.normal_(0.0, scale, generator=generator))
+        full = torch.empty(weight.shape, dtype=weight.dtype, device=device)
+        copy_into(weight, full.normal_(0.0, scale, generator=generator))
