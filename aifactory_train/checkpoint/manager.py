@@ -8,12 +8,12 @@ A save is staged by the training thread and written by another one; rank 0 commi
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,16 +21,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from aifactory_train.checkpoint.blocks import OtherBytes, sums_of, verify_blocks
 from aifactory_train.checkpoint.dcp import Stager, State, read_tensors, write_tensors
 from aifactory_train.errors import AifactoryError, CheckpointError, StorageError, storage_errors
 from aifactory_train.rundir import COMMIT, committed_steps, fsync_folder, step_folder, write_atomic
 
-_READ_BYTES = 1 << 24
+METADATA = ".metadata"  # which tensor lies where: torch.distributed.checkpoint writes it
 
 
 @dataclass(frozen=True)
 class Commit:
-    """What COMMIT says. `files`: name -> [bytes, sha256]. `model`: the recipe's model section."""
+    """What COMMIT says. `files`: name -> [bytes, sha256 of each block]. `model`: the recipe's model section."""
 
     step: int
     tokens: int
@@ -66,29 +67,44 @@ def check_model(commit: Commit, model: dict[str, Any], folder: Path) -> None:
         )
 
 
-def verify_files(folder: Path, commit: Commit, rank: int = 0, world_size: int = 1) -> None:
-    """Check size and sha256 of every world_size-th file. Raises CheckpointError naming the file."""
-    place = step_folder(folder, commit.step)
-    for index, (name, (size, digest)) in enumerate(sorted(commit.files.items())):
-        if index % world_size != rank:
-            continue
-        path = place / name
+def verify_files(folder: Path, commit: Commit) -> None:
+    """Check size and sha256 of all files. Raises CheckpointError naming the file."""
+    verify_sizes(folder, commit)
+    verify_bytes(folder, commit, [(name, i) for name, (_, sums) in commit.files.items() for i in range(len(sums))])
+
+
+def verify_sizes(folder: Path, commit: Commit) -> None:
+    for name, (size, _) in sorted(commit.files.items()):
+        path = step_folder(folder, commit.step) / name
         found = path.stat().st_size if path.exists() else None
         if found != size:
             what = "is missing" if found is None else f"has {found} bytes, COMMIT says {size}"
-        elif sha256_of(path) != digest:
-            what = "has other bytes than when it was committed (sha256 differs)"
-        else:
-            continue
-        raise CheckpointError(f"checkpoint file {name} {what}", where=str(path), do=_drop(folder, commit.step))
+            raise CheckpointError(f"checkpoint file {name} {what}", where=str(path), do=_drop(folder, commit.step))
 
 
-def sha256_of(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while chunk := f.read(_READ_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
+def verify_bytes(folder: Path, commit: Commit, blocks: Sequence[tuple[str, int]]) -> None:
+    """Check some blocks, each as (name of the file, number)."""
+    by_file: dict[str, list[int]] = {}
+    for name, block in blocks:
+        by_file.setdefault(name, []).append(block)
+    with _damage(folder, commit):
+        for name, numbers in by_file.items():
+            verify_blocks(step_folder(folder, commit.step) / name, numbers, commit.files[name][1])
+
+
+@contextmanager
+def _damage(folder: Path, commit: Commit, on_every_rank: bool = False) -> Iterator[None]:
+    try:
+        yield
+    except OtherBytes as error:
+        path = Path(str(error))
+        damage = CheckpointError(
+            f"checkpoint file {path.name} has other bytes than when it was committed (sha256 differs)",
+            where=str(path),
+            do=_drop(folder, commit.step),
+        )
+        damage.on_every_rank = on_every_rank
+        raise damage from None
 
 
 def _drop(folder: Path, step: int) -> str:
@@ -142,13 +158,27 @@ class CheckpointManager:
         return self.together(lambda: look() if self.rank == 0 else None)[0]
 
     def check(self, commit: Commit, model: dict[str, Any]) -> None:
-        """Verify that the commit is of this model and its files are whole; each rank reads a share of them."""
-        self.together(lambda: check_model(commit, model, self.folder))
-        self.together(lambda: verify_files(self.folder, commit, self.rank, self.world_size))
+        """Verify that the commit is of this model, and what can be known before its tensors are read."""
+
+        def check() -> None:
+            check_model(commit, model, self.folder)
+            verify_sizes(self.folder, commit)
+            # Before it is unpickled.
+            verify_bytes(self.folder, commit, [(METADATA, i) for i in range(len(commit.files[METADATA][1]))])
+
+        self.together(lambda: check() if self.rank == 0 else None)
 
     def load(self, commit: Commit, state: State) -> None:
-        """Fill `state` in place from a commit that `check` has passed."""
-        read_tensors(state, step_folder(self.folder, commit.step), self._group)
+        """Fill `state` in place from a commit that `check` has passed.
+
+        Raises CheckpointError where a file has other bytes than were committed, also such as no rank needs.
+        """
+        with _damage(self.folder, commit, on_every_rank=True):
+            seen = read_tensors(state, step_folder(self.folder, commit.step), self._group, commit.files)
+        left = {(name, block) for name, (_, sums) in commit.files.items() for block in range(len(sums))}
+        for of_rank in self.together(lambda: seen):
+            left -= {(name, block) for name, blocks in of_rank.items() for block in blocks}
+        self.together(lambda: verify_bytes(self.folder, commit, sorted(left)[self.rank :: self.world_size]))
 
     def save(self, step: int, tokens: int, state: State, model: dict[str, Any]) -> None:
         """Stage now, write and commit later (or now, if not asynchronous).
@@ -193,8 +223,10 @@ class CheckpointManager:
         kept = f"; step {last[0]} is safe and the next launch resumes there" if last else ""
         try:
             with storage_errors(f"saving step {step}", final, f"free some space and launch again{kept}"):
-                write_tensors(state, tmp, self._group)
-                files = self.together(lambda: self._own_files(tmp))
+                written = write_tensors(state, tmp, self._group)
+                if self.rank == 0:
+                    written |= {METADATA: [(tmp / METADATA).stat().st_size, sums_of(tmp / METADATA)]}
+                files = self.together(lambda: written)
                 commit = Commit(step, tokens, self.world_size, model, {k: v for part in files for k, v in part.items()})
                 self.together(lambda: self._commit(commit, tmp, final) if self.rank == 0 else None)
                 if self.rank == 0 and self.on_commit is not None:
@@ -205,13 +237,6 @@ class CheckpointManager:
             self._error = error  # raised by the training thread at its next save or wait
             if self.rank == 0:
                 shutil.rmtree(tmp, ignore_errors=True)  # a full disk gets its space back
-
-    def _own_files(self, tmp: Path) -> dict[str, list[Any]]:
-        """Size and checksum of what this rank wrote; rank 0 answers for .metadata too."""
-        names = sorted(p for p in tmp.iterdir() if p.name.startswith(f"__{self.rank}_"))
-        if self.rank == 0:
-            names.append(tmp / ".metadata")
-        return {p.name: [p.stat().st_size, sha256_of(p)] for p in names}
 
     def _commit(self, commit: Commit, tmp: Path, final: Path) -> None:
         write_atomic(tmp / COMMIT, json.dumps(vars(commit), indent=1))

@@ -1,0 +1,139 @@
+"""Files as blocks of 16 MiB with a sha256 each, written and read by a few threads.
+
+Sums of blocks, unlike one of a whole file, can be made side by side, and a part of a file can be verified by itself.
+Waiting for the disk, hashing and copying all leave the interpreter to others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+# Part of the format: a COMMIT has one sum for each so many bytes.
+BLOCK_BYTES = 1 << 24
+# Where tensors begin in a file. It divides a block, so that no element lies in two.
+ALIGN_BYTES = 64
+_THREADS = 4
+
+T = TypeVar("T")
+
+
+class OtherBytes(Exception):
+    """A block of a file has another sha256 than it had when it was written."""
+
+
+def n_blocks(n_bytes: int) -> int:
+    return -(-n_bytes // BLOCK_BYTES)
+
+
+def blocks_of(start: int, stop: int) -> range:
+    """The blocks that hold bytes start..stop of a file."""
+    return range(start // BLOCK_BYTES, n_blocks(stop)) if start < stop else range(0)
+
+
+def write_blocks(path: Path, tensors: Sequence[tuple[int, Tensor]]) -> list[str]:
+    """Write tensors, fsynced. Returns the sha256 of each block.
+
+    Args:
+        tensors: (first byte in the file, tensor of bytes of one dim), one behind the other, on any device; zeros lie
+            between them.
+    Raises:
+        OSError
+    """
+    n_bytes = max((start + t.numel() for start, t in tensors), default=0)
+    inside: list[list[tuple[int, Tensor]]] = [[] for _ in range(n_blocks(n_bytes))]
+    for start, tensor in tensors:
+        for block in blocks_of(start, start + tensor.numel()):
+            inside[block].append((start, tensor))
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    try:
+
+        def write(block: int, buffer: Tensor) -> str:
+            first = block * BLOCK_BYTES
+            data = _gathered(first, min(first + BLOCK_BYTES, n_bytes), inside[block], buffer)
+            left = memoryview(data.numpy())
+            digest = hashlib.sha256(left)
+            at = first
+            while left:
+                n = os.pwrite(fd, left, at)
+                left, at = left[n:], at + n
+            return digest.hexdigest()
+
+        sums = _each_block(range(len(inside)), write)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    return sums
+
+
+def _gathered(first: int, stop: int, tensors: Sequence[tuple[int, Tensor]], buffer: Tensor) -> Tensor:
+    """Bytes first..stop of a file, in host memory: a view where one tensor there has all of them."""
+    start, tensor = tensors[0]
+    if start <= first and stop <= start + tensor.numel() and tensor.is_cpu:
+        return tensor[first - start : stop - start]
+    data = buffer[: stop - first].zero_()
+    for start, tensor in tensors:
+        a, b = max(start, first), min(start + tensor.numel(), stop)
+        data[a - first : b - first].copy_(tensor[a - start : b - start])
+    return data
+
+
+def read_blocks(
+    path: Path, blocks: Sequence[int], sums: Sequence[str] | None, use: Callable[[int, Tensor], None]
+) -> None:
+    """Read some blocks of a file and verify them.
+
+    Args:
+        sums: sha256 of all its blocks; None: it has been verified.
+        use: called by several threads, with the first byte of a block and its bytes, which are valid until it returns.
+    Raises:
+        OtherBytes, OSError
+    """
+    fd = os.open(path, os.O_RDONLY)
+    try:
+
+        def read(block: int, buffer: Tensor) -> None:
+            first, n = block * BLOCK_BYTES, 0
+            view = memoryview(buffer.numpy())
+            while n < BLOCK_BYTES and (got := os.preadv(fd, [view[n:]], first + n)):
+                n += got
+            if sums is not None and hashlib.sha256(view[:n]).hexdigest() != sums[block]:
+                raise OtherBytes(str(path))
+            use(first, buffer[:n])
+
+        _each_block(blocks, read)
+    finally:
+        os.close(fd)
+
+
+def sums_of(path: Path) -> list[str]:
+    """The sha256 of each block of a file."""
+    with open(path, "rb") as f:
+        return [hashlib.sha256(block).hexdigest() for block in iter(lambda: f.read(BLOCK_BYTES), b"")]
+
+
+def verify_blocks(path: Path, blocks: Sequence[int], sums: Sequence[str]) -> None:
+    """Raises OtherBytes where one of these blocks is not what was written."""
+    read_blocks(path, blocks, sums, lambda first, data: None)
+
+
+def _each_block(blocks: Sequence[int], work: Callable[[int, Tensor], T]) -> list[T]:
+    """`work(block, buffer)` of each in turn, by threads that have a buffer of their own. Results in order."""
+
+    def some(thread: int) -> list[T]:
+        buffer = torch.empty(BLOCK_BYTES, dtype=torch.uint8)
+        return [work(block, buffer) for block in blocks[thread::n_threads]]
+
+    n_threads = min(_THREADS, len(blocks))
+    if n_threads <= 1:
+        return some(0) if blocks else []
+    with ThreadPoolExecutor(n_threads) as pool:
+        by_thread = list(pool.map(some, range(n_threads)))
+    return [by_thread[i % n_threads][i // n_threads] for i in range(len(blocks))]

@@ -1,0 +1,169 @@
+"""How fast a checkpoint is written and read, beside the disk's own rate by dd, measured in turns on one machine.
+
+A state of float32 weights and two Adam moments is saved and committed by CheckpointManager (on disk, with all sums),
+and loaded (with all sums verified). dd writes as many bytes (conv=fsync) in as many processes as there are ranks, and
+reads the files of the checkpoint. Nothing is in the page cache before a read. Turns alternate ABBA; the first round
+does not count. Writes benchmarks/results/checkpoint-speed-DATE.json and prints as its last lines
+`save_to_dd RATIO low LOW high HIGH` and the same of load.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from aifactory_train.results.provenance import provenance
+from aifactory_train.rundir import step_folder, write_atomic
+from benchmarks.checkpoint_speed.ranks import BYTES_PER_PARAMETER, Ranks, started
+from benchmarks.peers.paired import MIN_BLOCKS, order_of_turns, ratio_of_medians
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+DD_BYTES = 1 << 24
+
+
+def drop_from_cache(folder: Path) -> None:
+    """So that the disk is read, not memory."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as f:
+                os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def seconds_of(commands: list[list[str]]) -> float:
+    """All side by side, to the end of the last."""
+    start_s = time.perf_counter()
+    running = [subprocess.Popen(command, stderr=subprocess.PIPE) for command in commands]
+    for process in running:
+        _, words = process.communicate()
+        if process.returncode:
+            raise SystemExit(f"{' '.join(process.args)}: {words.decode()}")
+    return time.perf_counter() - start_s
+
+
+class Turns:
+    """The four things that are measured: each gives its seconds."""
+
+    def __init__(self, ranks: Ranks, n_ranks: int, folder: Path) -> None:
+        self.ranks, self.n_ranks, self.folder = ranks, n_ranks, folder
+        self.files = step_folder(folder / "checkpoints", 1)
+
+    def dd_write(self) -> float:
+        files = [self.folder / f"dd-{i}" for i in range(self.n_ranks)]
+        count = round(self.ranks.n_bytes / self.n_ranks / DD_BYTES)
+        taken_s = seconds_of(
+            [["dd", "if=/dev/zero", f"of={file}", f"bs={DD_BYTES}", f"count={count}", "conv=fsync"] for file in files]
+        )
+        for file in files:
+            file.unlink()
+        return taken_s * self.ranks.n_bytes / (count * DD_BYTES * self.n_ranks)
+
+    def save(self) -> float:
+        # What a save frees is not what it writes.
+        shutil.rmtree(self.files, ignore_errors=True)
+        return self.ranks.save_s()
+
+    def dd_read(self) -> float:
+        drop_from_cache(self.folder)
+        files = sorted(self.files.glob("*.distcp"))
+        return seconds_of([["dd", f"if={file}", "of=/dev/null", f"bs={DD_BYTES}", "iflag=direct"] for file in files])
+
+    def load(self) -> float:
+        drop_from_cache(self.folder)
+        return self.ranks.load_s()
+
+
+def measure(turns: Turns, rounds: int) -> dict[str, list[float]]:
+    """Bytes per second of each turn that counts, by what it did."""
+    pairs: list[list[tuple[str, Callable[[], float]]]] = [
+        [("dd_write", turns.dd_write), ("save", turns.save)],
+        [("dd_read", turns.dd_read), ("load", turns.load)],
+    ]
+    rates: dict[str, list[float]] = {name: [] for pair in pairs for name, _ in pair}
+    orders = order_of_turns(2, rounds + 1)
+    for number in range(rounds + 1):
+        shown = []
+        for pair in pairs:
+            for turn in orders[2 * number : 2 * number + 2]:
+                name, work = pair[turn]
+                rate = turns.ranks.n_bytes / work()
+                if number > 0:
+                    rates[name].append(rate)
+                shown.append(f"{name} {rate / 1e9:.2f}")
+        print(f"round {number} of {rounds}  {'  '.join(shown)} GB/s{'  (does not count)' * (not number)}", flush=True)
+    return rates
+
+
+def file_system(folder: Path) -> str:
+    """ "ext4" or the like."""
+    command = ["stat", "--file-system", "--format=%T", str(folder)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--parameters", type=float, default=1e9, help="of the model; the state has 12 bytes for each")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=MIN_BLOCKS, help=f"that count, at least {MIN_BLOCKS}")
+    parser.add_argument("--folder", type=Path, default=ROOT / "runs", help="on the disk to be measured")
+    args = parser.parse_args()
+    if args.rounds < MIN_BLOCKS or args.ranks < 1:
+        parser.error(f"--rounds {args.rounds} --ranks {args.ranks}: at least {MIN_BLOCKS}, 1")
+    args.folder.mkdir(parents=True, exist_ok=True)
+    needed, free = 2 * args.parameters * BYTES_PER_PARAMETER, shutil.disk_usage(args.folder).free
+    if free < needed:
+        parser.error(f"{args.folder} has {free / 1e9:.0f} GB free, this needs {needed / 1e9:.0f}")
+    facts = provenance()
+    if facts["git_sha"] is None:
+        raise SystemExit("no result without a commit to name\n  do:    run it in a git checkout, with git installed")
+
+    result: dict[str, Any] = {
+        "schema": "aifactory-checkpoint-speed/1",
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        **facts,
+        "cores": os.cpu_count(),
+        "file_system": file_system(args.folder),
+        "load_1min_before": round(os.getloadavg()[0], 2),
+        "arguments": {"parameters": args.parameters, "ranks": args.ranks, "rounds": args.rounds},
+    }
+    with (
+        tempfile.TemporaryDirectory(dir=args.folder, prefix="checkpoint-speed-") as scratch,
+        started(args.ranks, args.parameters, Path(scratch)) as ranks,
+    ):
+        result["state_bytes"] = ranks.n_bytes
+        print(f"{ranks.n_bytes / 1e9:.2f} GB in {args.ranks} ranks", flush=True)
+        rates = measure(Turns(ranks, args.ranks, Path(scratch)), args.rounds)
+    report(result, rates)
+
+
+def report(result: dict[str, Any], rates: dict[str, list[float]]) -> None:
+    """Print and write what was found."""
+    result["load_1min_after"] = round(os.getloadavg()[0], 2)
+    result["median_bytes_per_s"] = {name: statistics.median(values) for name, values in rates.items()}
+    result["ratio_to_dd"] = {
+        ours: ratio_of_medians([[r] for r in rates[ours]], [[r] for r in rates[theirs]])._asdict()
+        for ours, theirs in (("save", "dd_write"), ("load", "dd_read"))
+    }
+    result["bytes_per_s"] = rates
+    path = RESULTS / f"checkpoint-speed-{result['date'][:10]}.json"
+    write_atomic(path, json.dumps(result, indent=1) + "\n")
+    for name, values in rates.items():
+        low, high = min(values), max(values)
+        print(f"{name:9s} {statistics.median(values) / 1e9:5.2f} GB/s  from {low / 1e9:.2f} to {high / 1e9:.2f}")
+    print(os.path.relpath(path))
+    for name, ratio in result["ratio_to_dd"].items():
+        print("{}_to_dd {ratio:.2f} low {low:.2f} high {high:.2f}".format(name, **ratio))
+
+
+if __name__ == "__main__":
+    main()
