@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from aifactory_train.data.loader import Batch
+from aifactory_train.errors import TrainingFault
+from aifactory_train.plan.plan import Plan
+from aifactory_train.units import format_bytes
 
 
 @dataclass(frozen=True)
@@ -42,3 +48,18 @@ class Engine(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
     def close(self) -> None: ...
+
+
+@contextmanager
+def memory_errors(plan: Plan, device: torch.device) -> Iterator[None]:
+    """Turn out-of-memory on the device into a TrainingFault that says what to change."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        predicted, rows = format_bytes(plan.predicted.peak_memory_bytes), plan.layout.micro_batch_rows
+        remat = "" if plan.layout.remat == "full" else "--set layout.remat=full, or "
+        raise TrainingFault(
+            f"the step does not fit on {device}: {str(error).splitlines()[0]}",
+            where=f"predicted peak {predicted} at train.micro_batch_rows={rows}",
+            do=(f"--set train.micro_batch_rows={rows // 2}, or " if rows > 1 else remat) + "more nodes",
+        ) from None

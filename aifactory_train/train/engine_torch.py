@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,14 +10,12 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from aifactory_train.data.loader import Batch
-from aifactory_train.errors import TrainingFault
 from aifactory_train.models.parts import DTYPES, ModelParts, is_on_each_rank, local_tensor
 from aifactory_train.parallel.context import local_tokens
 from aifactory_train.parallel.mesh import Mesh
 from aifactory_train.plan.plan import Plan
-from aifactory_train.train.engine import StepStats
+from aifactory_train.train.engine import StepStats, memory_errors
 from aifactory_train.train.optim import build_optimizers, build_state, lr_factor, set_lr
-from aifactory_train.units import format_bytes
 
 if TYPE_CHECKING:
     from aifactory_train.parallel.pipeline import Pipeline
@@ -45,26 +41,12 @@ class TorchEngine:
         self.tp_copies = torch.tensor(copies, device=device)
 
     def rehearse(self, batch: Batch) -> None:
-        with self._memory_errors():
+        with memory_errors(self.plan, self.device):
             self._forward_backward(batch)
         self._zero_grad()
 
-    @contextmanager
-    def _memory_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except torch.OutOfMemoryError as error:
-            predicted = format_bytes(self.plan.predicted.peak_memory_bytes)
-            rows = self.plan.layout.micro_batch_rows
-            remat = "" if self.plan.layout.remat == "full" else "--set layout.remat=full, or "
-            raise TrainingFault(
-                f"the step does not fit on {self.device}: {str(error).splitlines()[0]}",
-                where=f"predicted peak {predicted} at train.micro_batch_rows={rows}",
-                do=(f"--set train.micro_batch_rows={rows // 2}, or " if rows > 1 else remat) + "more nodes",
-            ) from None
-
     def train_step(self, batch: Batch, step: int) -> StepStats:
-        with self._memory_errors():
+        with memory_errors(self.plan, self.device):
             return self._train_step(batch, step)
 
     def _train_step(self, batch: Batch, step: int) -> StepStats:

@@ -42,14 +42,19 @@ def build_optimizers(stages: list[ModelParts], optim: Optim, precision: torch.dt
     taken = {id(p) for p in matrices}
     rest = [p for parts in stages for p in parts.root.parameters() if id(p) not in taken]
     groups: list[dict[str, Any]] = [
-        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": optim.weight_decay, "peak_lr": optim.lr},
-        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0, "peak_lr": optim.lr},
+        {"params": [p for p in rest if n_dims(p) >= 2], "weight_decay": optim.weight_decay, "peak_lr": optim.lr},
+        {"params": [p for p in rest if n_dims(p) < 2], "weight_decay": 0.0, "peak_lr": optim.lr},
     ]
     adamw = AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True)
     if not matrices:
         return [adamw]
     muon = Muon(matrices, optim.muon_lr, optim.muon_momentum, optim.weight_decay, precision)
     return [adamw, muon]
+
+
+def n_dims(weight: Tensor) -> int:
+    """Of the whole weight: what ZeRO has split is flat, and remembers its shape."""
+    return len(getattr(weight, "ds_shape", weight.shape))
 
 
 @torch.no_grad()
