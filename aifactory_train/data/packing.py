@@ -35,21 +35,23 @@ def rows_per_epoch(n_tokens: int, seq_len_tokens: int) -> int:
 def pack_rows(stream: TokenStream, rows_R: np.ndarray, seq_len_tokens: int, document_mask: bool, eos_id: int) -> Rows:
     """Cut the rows with numbers `rows_R` out of a source.
 
-    With `document_mask` the target that would reach over the border of a document is IGNORE and document and
-    position are given; without it such targets count, and both are None.
+    A target that does not count in its source is IGNORE. With `document_mask` so is the target that would reach over
+    the border of a document, and document and position are given; without it such targets count, and both are None.
     """
     S = seq_len_tokens
     tokens_RU = np.full((len(rows_R), S + 1), eos_id, np.int64)  # U = T + 1: inputs and targets overlap
     real_RU = np.zeros(tokens_RU.shape, bool)
+    counted_RU = np.zeros(tokens_RU.shape, bool)
     start_RU = np.zeros(tokens_RU.shape, bool)
     for i, row in enumerate(rows_R.tolist()):
         first = row * S
         some = stream.tokens(first, min(first + S + 1, stream.n_tokens))
         tokens_RU[i, : len(some)] = some
+        counted_RU[i, : len(some)] = stream.counted(first, first + len(some))
         real_RU[i, : len(some)] = True
         if document_mask:
             start_RU[i, stream.document_starts(first, min(first + S, stream.n_tokens)) - first] = True
-    counts_RT = real_RU[:, 1:] & ~start_RU[:, 1:]
+    counts_RT = counted_RU[:, 1:] & ~start_RU[:, 1:]
     input_RT = np.where(real_RU[:, 1:], tokens_RU[:, :-1], eos_id)
     target_RT = np.where(counts_RT, tokens_RU[:, 1:], IGNORE)
     if not document_mask:

@@ -12,17 +12,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from aifactory_train.data.progress import say
+from aifactory_train.data.settings import check_settings, data_settings, settings_fingerprint
 from aifactory_train.data.shards import (
     Manifest,
     Shard,
     SourceEntry,
-    check_settings,
-    data_settings,
     entropy_nats,
     finished_shard,
+    map_counted,
     map_tokens,
     read_manifest,
-    settings_fingerprint,
 )
 from aifactory_train.data.sources import list_files, open_source
 from aifactory_train.data.tokenize import (
@@ -81,7 +80,10 @@ def _prepare(folder: Path, data: Data) -> Manifest:
     write_atomic(folder / "settings.json", json.dumps(settings, indent=1) + "\n")
     opened = [_open(source, folder / "cache") for source in data.sources]
     info = _tokenizer(folder / "tokenizer", data, [o.dataset for o in opened])
-    units = [plan_units(o.dataset, folder / o.source.name, f"{o.digest} {info.sha256}") for o in opened]
+    units = [
+        plan_units(o.dataset, folder / o.source.name, f"{o.digest} {info.sha256}", bool(o.source.messages_key))
+        for o in opened
+    ]
     shards = _make_shards([u for some in units for u in some], info, data)
     entries = [
         _entry(o, some[0].folder, [shards[u.folder, u.name] for u in some], info)
@@ -113,7 +115,7 @@ def _tokenizer(folder: Path, data: Data, sources: Sequence[datasets.Dataset]) ->
     if folder.exists():
         say("tokenizer: reused")
     elif data.tokenizer.path:
-        copy_tokenizer(data.tokenizer.path, folder)
+        copy_tokenizer(data.tokenizer.path, folder, any(s.messages_key for s in data.sources))
     else:
         train_tokenizer(sources, data.tokenizer.train_vocab_size or 0, folder)
     return load_tokenizer(folder)
@@ -143,9 +145,17 @@ def _make_shards(units: Sequence[Unit], info: TokenizerInfo, data: Data) -> dict
 def _entry(opened: Opened, folder: Path, shards: list[Shard], info: TokenizerInfo) -> SourceEntry:
     counts = np.zeros(info.vocab_size, np.int64)
     for shard in shards:
-        tokens = map_tokens(folder, shard, info.dtype)
+        tokens, counted = map_tokens(folder, shard, info.dtype), map_counted(folder, shard)
         for at in range(0, len(tokens), COUNT_TOKENS):
-            counts += np.bincount(tokens[at : at + COUNT_TOKENS], minlength=info.vocab_size)
+            some = tokens[at : at + COUNT_TOKENS]
+            some = some if counted is None else some[counted[at : at + COUNT_TOKENS]]
+            counts += np.bincount(some, minlength=info.vocab_size)
+    if not counts.any():
+        raise DataError(
+            f"data source {opened.source.name}: the loss counts on no token, as the chat template marks nothing",
+            where="data.tokenizer.path",
+            do="put {% generation %} and {% endgeneration %} in its chat_template.jinja around what the assistant says",
+        )
     buffer = io.BytesIO()
     np.save(buffer, counts)
     write_atomic(folder / "counts.npy", buffer.getvalue())
@@ -221,4 +231,4 @@ def _tell_of_changes(manifest: Manifest, data: Data) -> None:
 
 def _summary(manifest: Manifest) -> str:
     tokens, documents = format_count(manifest.n_tokens), f"{manifest.n_documents:,}"
-    return f"{tokens} tokens, {documents} documents, vocabulary {manifest.vocab_size}"
+    return f"{tokens} tokens{manifest.counted()}, {documents} documents, vocabulary {manifest.vocab_size}"

@@ -5,23 +5,24 @@ PREPARED_DIR/
   manifest.json            schema aifactory-tokens/1; written last, so without it the folder is unfinished
   tokenizer/               a Hugging Face tokenizer folder
   cache/                   the text as Arrow files; not needed for training, may be deleted after prepare
-  SOURCE/counts.npy        int64 [vocab_size], how often each token occurs
+  SOURCE/counts.npy        int64 [vocab_size], how often each token occurs as one that counts
   SOURCE/shard-00000.tokens  little-endian uint16 (vocabulary <= 65536) or uint32, documents one after another
   SOURCE/shard-00000.docs    little-endian int64, the end of each document, counted from the shard's start
-  SOURCE/shard-00000.json    counts and sha256 of the two; written last, so without it there is no shard
+  SOURCE/shard-00000.counted  of chats only: uint8, 1 for each token that counts: what the assistant says
+  SOURCE/shard-00000.json    counts and sha256 of these; written last, so without it there is no shard
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from aifactory_train.data.settings import check_settings
 from aifactory_train.errors import DataError
 from aifactory_train.recipe.schema import Data
 from aifactory_train.rundir import write_atomic
@@ -39,7 +40,10 @@ class Part(BaseModel):
 
 
 class Shard(Part):
-    """The sidecar of one shard: rows [first_row, end_row) of the source's text column."""
+    """The sidecar of one shard: rows [first_row, end_row) of the source's text column.
+
+    n_counted_tokens, counted_sha256: of chats; otherwise all tokens count and neither is written.
+    """
 
     name: str
     made_from: str
@@ -50,6 +54,14 @@ class Shard(Part):
     n_tokens: int
     tokens_sha256: str
     docs_sha256: str
+    n_counted_tokens: int | None = Field(None, exclude_if=lambda value: value is None)
+    counted_sha256: str | None = Field(None, exclude_if=lambda value: value is None)
+
+    @property
+    def files(self) -> dict[str, str]:
+        """Suffix -> sha256 of each file."""
+        of = {".tokens": self.tokens_sha256, ".docs": self.docs_sha256}
+        return of if self.counted_sha256 is None else of | {".counted": self.counted_sha256}
 
 
 class SourceEntry(Part):
@@ -61,6 +73,10 @@ class SourceEntry(Part):
     n_text_bytes: int
     unigram_entropy_nats: float
     shards: list[Shard]
+
+    @property
+    def n_counted_tokens(self) -> int:
+        return sum(s.n_tokens if s.n_counted_tokens is None else s.n_counted_tokens for s in self.shards)
 
 
 class Manifest(Part):
@@ -81,39 +97,10 @@ class Manifest(Part):
     def n_documents(self) -> int:
         return sum(s.n_documents for s in self.sources)
 
-
-def data_settings(data: Data) -> dict[str, Any]:
-    """What the tokens depend on: sources by name and the tokenizer, not how rows are cut or mixed."""
-    sources = {s.name: s.model_dump(mode="json", exclude={"name", "weight"}) for s in data.sources}
-    return {"sources": sources, "tokenizer": data.tokenizer.model_dump(mode="json")}
-
-
-def settings_fingerprint(settings: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-
-
-def check_settings(there: dict[str, Any], data: Data) -> None:
-    """Raise DataError that names each key in which a prepared folder differs from the recipe."""
-    faults = list(_differences("", there, data_settings(data)))
-    if faults:
-        raise DataError(
-            f"{data.prepared_dir} was prepared from other data settings:\n" + "\n".join(f"  {f}" for f in faults),
-            where=f"data.prepared_dir {data.prepared_dir}",
-            do="--set data.prepared_dir=ANOTHER_FOLDER, or delete that folder and prepare anew",
-        )
-
-
-def _differences(key: str, there: Any, wanted: Any) -> list[str]:
-    if isinstance(there, dict) and isinstance(wanted, dict):
-        out = []
-        for name in sorted({*there, *wanted}):
-            out += _differences(f"{key}.{name}".lstrip("."), there.get(name), wanted.get(name))
-        return out
-    return [] if there == wanted else [f"{key}: folder has {_short(there)}, recipe has {_short(wanted)}"]
-
-
-def _short(value: Any) -> str:
-    return "nothing" if value is None else "something else" if isinstance(value, dict) else repr(value)
+    def counted(self) -> str:
+        """ ", of which 1.20 M count", or nothing where all do."""
+        n = sum(s.n_counted_tokens for s in self.sources)
+        return "" if n == self.n_tokens else f", of which {format_count(n).strip()} count"
 
 
 # ---------------------------------------------------------------- writing
@@ -127,20 +114,32 @@ def dtype_for(vocab_size: int) -> Fit:
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
-def write_shard(folder: Path, shard: dict[str, Any], tokens: np.ndarray, ends: np.ndarray) -> Shard:
-    """Write the two files and, after both are on the disk, the sidecar that makes them a shard."""
+def write_shard(
+    folder: Path, shard: dict[str, Any], tokens: np.ndarray, ends: np.ndarray, counted: np.ndarray | None = None
+) -> Shard:
+    """Write the files and, after all are on the disk, the sidecar that makes them a shard.
+
+    Args:
+        counted: of chats, whether each token counts.
+    """
     sidecar = folder / f"{shard['name']}.json"
     sidecar.unlink(missing_ok=True)
     token_bytes = tokens.astype(tokens.dtype.newbyteorder("<")).tobytes()
     end_bytes = ends.astype("<i8").tobytes()
     write_atomic(folder / f"{shard['name']}.tokens", token_bytes)
     write_atomic(folder / f"{shard['name']}.docs", end_bytes)
+    of_chats: dict[str, Any] = {}
+    if counted is not None:
+        counted_bytes = counted.astype(np.uint8).tobytes()
+        write_atomic(folder / f"{shard['name']}.counted", counted_bytes)
+        of_chats = {"n_counted_tokens": int(counted.sum()), "counted_sha256": hashlib.sha256(counted_bytes).hexdigest()}
     whole = Shard(
         **shard,
         n_documents=len(ends),
         n_tokens=len(tokens),
         tokens_sha256=hashlib.sha256(token_bytes).hexdigest(),
         docs_sha256=hashlib.sha256(end_bytes).hexdigest(),
+        **of_chats,
     )
     write_atomic(sidecar, whole.model_dump_json(indent=1) + "\n")
     return whole
@@ -158,8 +157,13 @@ def finished_shard(folder: Path, wanted: dict[str, Any], dtype: Fit) -> Shard | 
 
 def shard_fault(folder: Path, shard: Shard, dtype: Fit) -> str | None:
     """What is wrong with the sizes of a shard's files, naming the file; None if nothing."""
-    width = np.dtype(dtype).itemsize
-    for suffix, wanted in ((".tokens", shard.n_tokens * width), (".docs", shard.n_documents * DOC_BYTES)):
+    sizes = {
+        ".tokens": shard.n_tokens * np.dtype(dtype).itemsize,
+        ".docs": shard.n_documents * DOC_BYTES,
+        ".counted": shard.n_tokens,
+    }
+    for suffix in shard.files:
+        wanted = sizes[suffix]
         path = folder / f"{shard.name}{suffix}"
         try:
             size = path.stat().st_size
@@ -180,6 +184,13 @@ def map_tokens(folder: Path, shard: Shard, dtype: Fit) -> np.ndarray:
     return np.memmap(folder / f"{shard.name}.tokens", np.dtype(dtype).newbyteorder("<"), "r")
 
 
+def map_counted(folder: Path, shard: Shard) -> np.ndarray | None:
+    """Whether each token of a shard of chats counts (bool), memory-mapped; None where all do."""
+    if shard.counted_sha256 is None:
+        return None
+    return np.memmap(folder / f"{shard.name}.counted", bool, "r") if shard.n_tokens else np.zeros(0, bool)
+
+
 @dataclass
 class TokenStream:
     """All documents of one source, one after another across its shards. Shards are mapped at first use."""
@@ -187,7 +198,7 @@ class TokenStream:
     folder: Path
     entry: SourceEntry
     dtype: Fit
-    _maps: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+    _maps: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray | None]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.n_tokens = self.entry.n_tokens
@@ -197,6 +208,14 @@ class TokenStream:
         """Tokens [start, stop) as int64."""
         parts = [self._map(i)[0][a:b] for i, a, b in self._overlaps(start, stop)]
         return np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, np.int64)
+
+    def counted(self, start: int, stop: int) -> np.ndarray:
+        """Whether each of the tokens [start, stop) counts as a target: in chats what the assistant says, else all."""
+        parts = []
+        for i, a, b in self._overlaps(start, stop):
+            counted = self._map(i)[2]
+            parts.append(np.ones(b - a, bool) if counted is None else counted[a:b])
+        return np.concatenate(parts) if parts else np.zeros(0, bool)
 
     def document_starts(self, start: int, stop: int) -> np.ndarray:
         """Token indices in (start, stop] at which a document begins (or the last one has ended), as int64."""
@@ -219,11 +238,12 @@ class TokenStream:
                 out.append((i, max(start - low, 0), min(stop, high) - low))
         return out
 
-    def _map(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+    def _map(self, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """Tokens, ends of documents and what counts of shard i."""
         if i not in self._maps:
             shard = self.entry.shards[i]
             ends = np.memmap(self.folder / f"{shard.name}.docs", "<i8", "r")
-            self._maps[i] = map_tokens(self.folder, shard, self.dtype), ends
+            self._maps[i] = map_tokens(self.folder, shard, self.dtype), ends, map_counted(self.folder, shard)
         return self._maps[i]
 
 
@@ -245,10 +265,12 @@ class Prepared:
         n = sum(len(s.shards) for s in self.manifest.sources)
         found = sum(len(s.entry.shards) for s in self.streams)
         tokens, documents = format_count(self.manifest.n_tokens), f"{self.manifest.n_documents:,}"
-        return f"{found} of {n} shards, {tokens} tokens, {documents} documents".replace("  ", " ")
+        return f"{found} of {n} shards, {tokens} tokens{self.manifest.counted()}, {documents} documents".replace(
+            "  ", " "
+        )
 
     def unigram_entropy_nats(self) -> float:
-        """Entropy of the token distribution of the recipe's mixture: the loss of the best model without context."""
+        """Entropy of the tokens that count in the recipe's mixture: the loss of the best model without context."""
         weights = {s.entry.name: w for s, w in zip(self.streams, self.weights, strict=True)}
         return unigram_entropy_nats(self.manifest, weights, self.folder)
 
@@ -257,15 +279,12 @@ class Prepared:
 
         Raises DataError that names the damaged file. Together all ranks read every shard once.
         """
-        files = [
-            (self.folder / s.name / f"{shard.name}{suffix}", digest)
-            for s in self.manifest.sources
-            for shard in s.shards
-            for suffix, digest in ((".tokens", shard.tokens_sha256), (".docs", shard.docs_sha256))
-        ]
-        for i, (path, digest) in enumerate(files):
-            if i // 2 % world_size == rank and file_sha256(path) != digest:
-                _refuse(f"shard {path} is damaged: its sha256 is not the one in the manifest", path)
+        shards = [(self.folder / s.name, shard) for s in self.manifest.sources for shard in s.shards]
+        for folder, shard in shards[rank::world_size]:
+            for suffix, digest in shard.files.items():
+                path = folder / f"{shard.name}{suffix}"
+                if file_sha256(path) != digest:
+                    _refuse(f"shard {path} is damaged: its sha256 is not the one in the manifest", path)
 
 
 def load_prepared(data: Data) -> Prepared:
@@ -314,12 +333,15 @@ def check_fits_model(manifest: Manifest, vocab_size: int) -> None:
 
 
 def unigram_entropy_nats(manifest: Manifest, weights: dict[str, float], folder: Path) -> float:
-    """Entropy in nats of the token distribution of sources mixed by `weights` (source name -> weight)."""
+    """Entropy in nats of the tokens that count in sources mixed by `weights` (source name -> weight).
+
+    The weights mix rows; of those of chats only a part of the tokens count.
+    """
     total = sum(weights.values())
     mixed = np.zeros(manifest.vocab_size)
     for entry in manifest.sources:
         counts = _load_counts(folder / entry.name / "counts.npy", manifest.vocab_size)
-        mixed += counts * (weights[entry.name] / total / counts.sum())
+        mixed += counts * (weights[entry.name] / total / entry.n_tokens)
     return entropy_nats(mixed)
 
 

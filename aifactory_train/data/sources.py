@@ -1,12 +1,13 @@
 """Text sources: local files, a hub dataset or Python's own standard library, each as one column of documents.
 
+A document of a source of chats is the JSON text of its messages.
+
 Everything becomes a memory-mapped Arrow file below `cache_dir`, so that a corpus may be larger than memory.
 """
 
 from __future__ import annotations
 
 import glob
-import gzip
 import hashlib
 import json
 import logging
@@ -20,6 +21,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from aifactory_train.data.chat import chat_json
+from aifactory_train.data.lines import read_lines
 from aifactory_train.errors import AifactoryError, DataError, storage_fault
 from aifactory_train.recipe.schema import Source
 
@@ -29,7 +32,6 @@ if TYPE_CHECKING:
 TEXT_COLUMN = "text"
 SUFFIXES = {".txt": "txt", ".jsonl": "jsonl", ".jsonl.gz": "jsonl", ".jsonl.zst": "jsonl", ".parquet": "parquet"}
 READABLE = ", ".join(SUFFIXES)
-ZST_READ_BYTES = 1 << 17  # compressed; repetitive text may unpack to thousands of times as much
 ARROW_BATCH_ROWS = 256  # rows held in memory before they are written; a row may be a file of many MB
 
 Kind = Literal["txt", "jsonl", "parquet", "python"]
@@ -102,10 +104,12 @@ def open_source(source: Source, cache_dir: Path) -> datasets.Dataset:
     Disk errors of the cache pass through for `errors.storage_errors`.
     """
     listing = list_files(source)
+    if source.messages_key and listing is not None and listing.kind == "txt":
+        raise _unreadable(source, listing.files[0], "a text file holds no chats, and messages_key asks for them")
     with _quiet_datasets(), _source_errors(source):
         if listing is None:
             dataset = _open_hub(source, cache_dir)
-        elif listing.kind == "parquet":
+        elif listing.kind == "parquet" and source.messages_key is None:
             dataset = _open_parquet(source, listing, cache_dir)
         else:
             dataset = _open_rows(source, listing, cache_dir)
@@ -151,11 +155,23 @@ def _unreadable(source: Source, path: Path | str, why: str) -> DataError:
 
 
 def _no_column(source: Source, place: str, names: list[str]) -> DataError:
+    key, what = ("messages_key", "chats") if source.messages_key else ("text_key", "text")
     return DataError(
-        f"data source {source.name}: no column {source.text_key!r}; there are: {', '.join(names) or 'none'}",
+        f"data source {source.name}: no column {_column(source)!r}; there are: {', '.join(names) or 'none'}",
         where=place,
-        do=f"set text_key of source {source.name} to the column that holds the text",
+        do=f"set {key} of source {source.name} to the column that holds the {what}",
     )
+
+
+def _column(source: Source) -> str:
+    return source.messages_key or source.text_key
+
+
+def _chat(source: Source, value: Any, place: str) -> str:
+    try:
+        return chat_json(value)
+    except ValueError as error:
+        raise _unreadable(source, place, f"{source.messages_key!r} holds {error}") from None
 
 
 # ---------------------------------------------------------------- text, Python and JSON lines
@@ -164,7 +180,7 @@ def _no_column(source: Source, place: str, names: list[str]) -> DataError:
 def _open_rows(source: Source, listing: Listing, cache_dir: Path) -> datasets.Dataset:
     from datasets import Dataset, Features, Value
 
-    key = f"{listing.digest} {listing.kind} {source.text_key}"
+    key = f"{listing.digest} {listing.kind} {_column(source)}" + (" chats" if source.messages_key else "")
     return Dataset.from_generator(
         _rows,
         features=Features({TEXT_COLUMN: Value("large_string")}),  # 64-bit offsets: a batch may pass 2 GiB
@@ -181,6 +197,8 @@ def _rows(source: Source, kind: Kind, files: tuple[str, ...]) -> Iterator[dict[s
         try:
             if kind == "jsonl":
                 yield from _json_rows(source, path)
+            elif kind == "parquet":
+                yield from _parquet_chats(source, path)
             else:
                 yield {TEXT_COLUMN: Path(path).read_bytes().decode("utf-8")}
         except UnicodeDecodeError as error:
@@ -191,7 +209,7 @@ def _rows(source: Source, kind: Kind, files: tuple[str, ...]) -> Iterator[dict[s
 
 
 def _json_rows(source: Source, path: str) -> Iterator[dict[str, str]]:
-    for number, line in enumerate(_lines(path), 1):
+    for number, line in enumerate(read_lines(path), 1):
         if not line.strip():
             continue
         place = f"{path}:{number}"
@@ -199,9 +217,12 @@ def _json_rows(source: Source, path: str) -> Iterator[dict[str, str]]:
             row = json.loads(line)
         except ValueError as error:
             raise _unreadable(source, place, f"not a JSON line: {error}") from None
-        if not isinstance(row, dict) or source.text_key not in row:
+        if not isinstance(row, dict) or _column(source) not in row:
             raise _no_column(source, place, list(row) if isinstance(row, dict) else [])
-        text = row[source.text_key]
+        text = row[_column(source)]
+        if source.messages_key:
+            yield {TEXT_COLUMN: _chat(source, text, place)}
+            continue
         if text is None:
             continue
         if not isinstance(text, str):
@@ -211,35 +232,6 @@ def _json_rows(source: Source, path: str) -> Iterator[dict[str, str]]:
         except UnicodeEncodeError:
             raise _unreadable(source, place, f"{source.text_key!r} holds half a surrogate pair") from None
         yield {TEXT_COLUMN: text}
-
-
-def _lines(path: str) -> Iterator[bytes]:
-    if path.endswith(".zst"):
-        yield from _zst_lines(path)
-    else:
-        with gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb") as file:
-            yield from file
-
-
-def _zst_lines(path: str) -> Iterator[bytes]:
-    """Not through `zstandard`'s own reader: that takes a file cut off in the middle for a whole one (0.25)."""
-    import zstandard
-
-    frame, rest = None, b""
-    with open(path, "rb") as file:
-        while piece := file.read(ZST_READ_BYTES):
-            while piece:
-                frame = frame or zstandard.ZstdDecompressor().decompressobj()
-                try:
-                    *lines, rest = (rest + frame.decompress(piece)).split(b"\n")
-                except zstandard.ZstdError as error:
-                    raise OSError(f"damaged zstd file: {error}") from None
-                yield from lines
-                piece = frame.unused_data
-                frame = None if frame.eof else frame
-    if frame is not None:
-        raise EOFError("damaged zstd file: cut off in the middle of a frame")
-    yield rest
 
 
 # ---------------------------------------------------------------- parquet and the hub
@@ -275,6 +267,23 @@ def _open_parquet(source: Source, listing: Listing, cache_dir: Path) -> datasets
     return _one_column(source, dataset, str(source.path))
 
 
+def _parquet_chats(source: Source, path: str) -> Iterator[dict[str, str]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            if _column(source) not in file.schema_arrow.names:
+                raise _no_column(source, path, file.schema_arrow.names)
+            number = 0
+            for batch in file.iter_batches(ARROW_BATCH_ROWS, columns=[_column(source)]):
+                for value in batch.column(0).to_pylist():
+                    number += 1
+                    yield {TEXT_COLUMN: _chat(source, value, f"{path}, row {number}")}
+    except pa.ArrowException as error:
+        raise _unreadable(source, path, _first_line(error)) from None
+
+
 def _open_hub(source: Source, cache_dir: Path) -> datasets.Dataset:
     from datasets import load_dataset
 
@@ -293,13 +302,31 @@ def _open_hub(source: Source, cache_dir: Path) -> datasets.Dataset:
 
 
 def _one_column(source: Source, dataset: datasets.Dataset, place: str) -> datasets.Dataset:
-    if source.text_key not in dataset.column_names:
+    if _column(source) not in dataset.column_names:
         raise _no_column(source, place, dataset.column_names)
+    if source.messages_key:
+        return _chat_column(source, dataset, place)
     kind = getattr(dataset.features[source.text_key], "dtype", "a nested type")
     if kind not in ("string", "large_string"):
         raise _unreadable(source, place, f"column {source.text_key!r} holds {kind}, not text")
     dataset = dataset.select_columns([source.text_key])
     return dataset if source.text_key == TEXT_COLUMN else dataset.rename_column(source.text_key, TEXT_COLUMN)
+
+
+def _chat_column(source: Source, dataset: datasets.Dataset, place: str) -> datasets.Dataset:
+    from datasets import Features, Value
+
+    def render(row: dict[str, Any], index: int) -> dict[str, str]:
+        return {TEXT_COLUMN: _chat(source, row[_column(source)], f"{place}, row {index + 1}")}
+
+    return dataset.map(
+        render,
+        with_indices=True,
+        remove_columns=dataset.column_names,
+        features=Features({TEXT_COLUMN: Value("large_string")}),
+        # Named here, as `datasets` would else hash what `render` refers to.
+        new_fingerprint=hashlib.sha256(f"{dataset._fingerprint} {source.messages_key} chats".encode()).hexdigest()[:32],
+    )
 
 
 # ---------------------------------------------------------------- manners of the library

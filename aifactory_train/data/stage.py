@@ -32,7 +32,7 @@ from aifactory_train.units import format_bytes
 
 MANIFEST = "staged.json"
 ROWS_PER_FILE = 200_000  # a few hundred MB of web text a file
-TOKENIZER_FILES = ["tokenizer*", "special_tokens_map.json", "*.model", "vocab*", "merges.txt"]
+TOKENIZER_FILES = ["tokenizer*", "chat_template*", "special_tokens_map.json", "*.model", "vocab*", "merges.txt"]
 WEIGHT_FILES = ["config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json"]
 # ranks check the sha256 of prepared shards themselves, and raw text is not read by a job.
 READ_BY_RANKS = ("tokenizer/", "model/")
@@ -127,7 +127,7 @@ def _stage_source(source: Source, to: Path) -> dict[str, Any]:
             "hub": None,
             "hub_config": None,
             "hub_split": "train",
-            "text_key": TEXT_COLUMN,
+            "messages_key" if source.messages_key else "text_key": TEXT_COLUMN,
         }
     base = Path(os.path.commonpath([Path(f).absolute().parent for f in listing.files]))
     targets = {Path(f): folder / Path(f).absolute().relative_to(base) for f in listing.files}
@@ -137,7 +137,8 @@ def _stage_source(source: Source, to: Path) -> dict[str, Any]:
 
 
 def _write_parquet(source: Source, folder: Path, cache: Path) -> None:
-    whole, origin = folder / "whole", json.dumps([source.hub, source.hub_config, source.hub_split, source.text_key])
+    column = source.messages_key or source.text_key
+    whole, origin = folder / "whole", json.dumps([source.hub, source.hub_config, source.hub_split, column])
     if whole.exists() and whole.read_text() == origin:
         return
     if not whole.exists():  # it was cut off and is written again, in another number of files perhaps

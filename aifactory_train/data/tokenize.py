@@ -19,12 +19,14 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import cache
 from multiprocessing.connection import wait as wait_for_sentinels
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from aifactory_train.data.chat import encode_chat
 from aifactory_train.data.progress import Progress, say
 from aifactory_train.data.shards import Fit, Shard, dtype_for, file_sha256, shard_name, write_shard
 from aifactory_train.data.sources import TEXT_COLUMN, text_lengths
@@ -102,8 +104,11 @@ def train_tokenizer(sources: Sequence[datasets.Dataset], vocab_size: int, folder
     _save(PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=EOS, clean_up_tokenization_spaces=False), folder)
 
 
-def copy_tokenizer(path: str, folder: Path) -> None:
-    """Take a Hugging Face tokenizer folder as it is. Raises DataError if it is none, or names no eos token."""
+def copy_tokenizer(path: str, folder: Path, for_chats: bool) -> None:
+    """Take a Hugging Face tokenizer folder as it is.
+
+    Raises DataError if it is none, names no eos token, or has no chat template where there are chats.
+    """
     from transformers import AutoTokenizer
 
     where, do = f"data.tokenizer.path {path}", "give a folder that holds tokenizer.json and tokenizer_config.json"
@@ -120,6 +125,12 @@ def copy_tokenizer(path: str, folder: Path) -> None:
             f"the tokenizer in {path} names no eos token, and each document must end with one",
             where=where,
             do='add "eos_token" to its tokenizer_config.json',
+        )
+    if for_chats and not tokenizer.chat_template:
+        raise DataError(
+            f"the tokenizer in {path} has no chat template, and a source has messages_key",
+            where=where,
+            do="take the tokenizer of an instruct model, or put a chat_template.jinja into that folder",
         )
     if not tokenizer.is_fast:
         raise DataError(f"the tokenizer in {path} has no tokenizer.json form", where=where, do=do)
@@ -208,6 +219,7 @@ class Unit:
     dataset: datasets.Dataset
     folder: Path
     wanted: dict[str, Any]
+    of_chats: bool
 
     @property
     def name(self) -> str:
@@ -218,7 +230,7 @@ class Unit:
         return self.wanted["end_row"] - self.wanted["first_row"]
 
 
-def plan_units(dataset: datasets.Dataset, folder: Path, made_from: str) -> list[Unit]:
+def plan_units(dataset: datasets.Dataset, folder: Path, made_from: str, of_chats: bool) -> list[Unit]:
     """Cut a source into runs of documents of about UNIT_TEXT_BYTES, or more for a source of over 65 GB."""
     lengths = text_lengths(dataset)
     starts = np.cumsum(lengths) - lengths
@@ -233,13 +245,14 @@ def plan_units(dataset: datasets.Dataset, folder: Path, made_from: str) -> list[
             "end_row": int(end),
             "n_text_bytes": int(lengths[first:end].sum()),
         }
-        units.append(Unit(dataset, folder, wanted))
+        units.append(Unit(dataset, folder, wanted, of_chats))
     return units
 
 
 def tokenize_unit(unit: Unit, encoder: tokenizers.Tokenizer, info: TokenizerInfo, count: Any) -> Shard:
     """Tokenize one unit and write its shard. `count.value` grows with the documents done."""
     parts: list[np.ndarray] = []
+    counted: list[np.ndarray] = []
     ends: list[int] = []
     n_tokens = 0
     rows = range(unit.wanted["first_row"], unit.wanted["end_row"])
@@ -248,15 +261,36 @@ def tokenize_unit(unit: Unit, encoder: tokenizers.Tokenizer, info: TokenizerInfo
         for text in unit.dataset[some.start : some.stop][TEXT_COLUMN]:
             if not text:
                 continue
-            ids = [np.asarray(piece, info.dtype) for piece in encode(encoder, text)]
-            ids.append(np.asarray([info.eos_id], info.dtype))
-            parts += ids
-            n_tokens += sum(map(len, ids))
+            if unit.of_chats:
+                ids, counts = _chat_tokens(text, info, f"data.sources, name {unit.folder.name}")
+                counted.append(counts)
+                pieces = [ids.astype(info.dtype)]
+            else:
+                pieces = [np.asarray(piece, info.dtype) for piece in encode(encoder, text)]
+                pieces.append(np.asarray([info.eos_id], info.dtype))
+            parts += pieces
+            n_tokens += sum(map(len, pieces))
             ends.append(n_tokens)
         with count.get_lock():
             count.value += len(some)
     tokens = np.concatenate(parts) if parts else np.zeros(0, info.dtype)
-    return write_shard(unit.folder, unit.wanted, tokens, np.asarray(ends, np.int64))
+    of_chats = np.concatenate([np.zeros(0, bool), *counted]) if unit.of_chats else None
+    return write_shard(unit.folder, unit.wanted, tokens, np.asarray(ends, np.int64), of_chats)
+
+
+def _chat_tokens(text: str, info: TokenizerInfo, place: str) -> tuple[np.ndarray, np.ndarray]:
+    """Ids of a chat and what counts. It ends with the end-of-text token, which counts only as an end of turn."""
+    ids, counts = encode_chat(_chat_tokenizer(info.folder), text, place)
+    if len(ids) == 0 or ids[-1] != info.eos_id:
+        ids, counts = np.append(ids, info.eos_id), np.append(counts, False)
+    return ids, counts
+
+
+@cache  # one in each worker process
+def _chat_tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 # ---------------------------------------------------------------- the pool

@@ -127,6 +127,8 @@ class Source(Strict):
         given = [k for k, v in (("path", self.path), ("hub", self.hub), ("python_stdlib", self.python_stdlib)) if v]
         if len(given) != 1:
             raise ValueError(f"give exactly one of path, hub, python_stdlib; given: {given or 'none'}")
+        if self.python_stdlib and self.messages_key is not None:
+            raise ValueError("messages_key belongs to chats in jsonl, parquet or a hub dataset, not to python_stdlib")
         return self
 
 
@@ -156,6 +158,12 @@ class Data(Strict):
         names = [s.name for s in self.sources]
         if len(set(names)) != len(names):
             raise ValueError(f"source names must differ; given: {names}")
+        chats = [s.name for s in self.sources if s.messages_key is not None]
+        if chats and self.tokenizer.path is None:
+            raise ValueError(
+                f"messages_key of source {chats[0]} needs the chat template of a tokenizer; a trained one has none: "
+                "give tokenizer.path, the folder of an instruct model's tokenizer, in place of train_vocab_size"
+            )
         return self
 
 
