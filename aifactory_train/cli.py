@@ -356,8 +356,10 @@ def _train(args: argparse.Namespace) -> int:
     from aifactory_train.faults.stopflag import StopFlag
 
     stop_flag = StopFlag()  # before torch is loaded, which takes seconds
+    from aifactory_train.launch.env import set_local_rank
     from aifactory_train.train.start import start
 
+    set_local_rank()
     return start(args.run, stop_flag, args.bar, args.timeout_s)
 
 

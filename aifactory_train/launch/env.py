@@ -12,6 +12,8 @@ from aifactory_train.plan.plan import Plan
 _OF_A_JOB = ("SLURM_", "SBATCH_", "SRUN_", "OMPI_", "PMIX_", "PMI_")
 # Which Slurm to talk to: set by sites that have several or keep slurm.conf in an unusual place.
 _OF_THE_SITE = ("SLURM_CONF", "SLURM_CLUSTERS")
+# What torchrun, Open MPI, MPICH and Slurm call the number of a rank on its node.
+_LOCAL_RANK = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
 
 
 def rank_variables(machine: Machine, threads: int) -> list[Variable]:
@@ -53,6 +55,12 @@ def local_environment(plan: Plan, mpi_folder: str) -> dict[str, str]:
     """
     ours = {v.name: v.value for v in local_variables(plan)} | {"PRTE_MCA_prte_tmpdir_base": mpi_folder}
     return {**ours, **os.environ}
+
+
+def set_local_rank() -> None:
+    """LOCAL_RANK of this process, without which DeepSpeed 0.19 does not start (runtime/engine.py)."""
+    env = {**os.environ}
+    os.environ["LOCAL_RANK"] = next((env[name] for name in _LOCAL_RANK if env.get(name)), "0")
 
 
 def job_variables(machine: Machine, threads: int) -> list[Variable]:

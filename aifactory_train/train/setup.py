@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import shutil
 import socket
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 
 from aifactory_train.checkpoint.dcp import rng_state, set_rng_state, stored_tensors
 from aifactory_train.checkpoint.export import load_huggingface
@@ -26,7 +29,7 @@ from aifactory_train.faults.signals import StopAgreement
 from aifactory_train.faults.stopflag import StopFlag
 from aifactory_train.metrics.meter import Meter
 from aifactory_train.metrics.sinks import Sinks
-from aifactory_train.models.decoder import Decoder, init_weights
+from aifactory_train.models.build import build_model, init_weights
 from aifactory_train.parallel.apply import apply_parallelism, refuse_old_torch
 from aifactory_train.parallel.mesh import build_mesh
 from aifactory_train.parallel.precision import refuse_fp8
@@ -34,12 +37,15 @@ from aifactory_train.plan.placement import device_of
 from aifactory_train.plan.plan import Plan, load_plan
 from aifactory_train.plan.stages import layers_by_stage, stages_of_rank
 from aifactory_train.plan.support import refuse_untrainable
+from aifactory_train.recipe.schema import Recipe
 from aifactory_train.results.provenance import provenance
 from aifactory_train.rundir import RunDir, hold, log_event, read_jsonl, step_folder
 from aifactory_train.train.engine import Engine
 from aifactory_train.train.engine_torch import TorchEngine
 from aifactory_train.train.ranks import RENDEZVOUS_TIMEOUT_S, Ranks, check_world_size, join
 from aifactory_train.units import format_bytes, format_count, format_seconds
+
+LEAST_DEEPSPEED = (0, 16)
 
 
 @dataclass(frozen=True)
@@ -221,26 +227,67 @@ def bind_cores(plan: Plan, ranks: Ranks) -> None:
         print(f"[rank {ranks.rank}] the plan gives it device {device}; {fault}", file=sys.stderr)
 
 
-def build_engine(plan: Plan, device: torch.device, fresh: bool) -> TorchEngine:
+def build_engine(plan: Plan, device: torch.device, fresh: bool) -> Engine:
     """Meta device, axes, memory, weights: in this order, so that no rank ever holds a whole model.
 
     Args:
         fresh: fill the weights (random or `model.init_from`); otherwise a checkpoint will.
     """
+    return (_build_deepspeed if plan.layout.engine == "deepspeed" else _build_torch)(plan, device, fresh)
+
+
+def _build_torch(plan: Plan, device: torch.device, fresh: bool) -> TorchEngine:
     recipe, layout = plan.recipe, plan.layout
     mesh = build_mesh(layout, device.type)
     layers = layers_by_stage(recipe.model, layout.pp * layout.stages_per_rank)
     with torch.device("meta"):
-        decoders = [Decoder(recipe.model, layers[s]) for s in stages_of_rank(layout, mesh.rows.get_local_rank("pp"))]
-    stages = [decoder.parts() for decoder in decoders]
-    for decoder, parts in zip(decoders, stages, strict=True):
+        numbers = stages_of_rank(layout, mesh.rows.get_local_rank("pp"))
+        stages = [build_model(recipe.model, layout.model_code, layers[s]) for s in numbers]
+    for parts in stages:
         apply_parallelism(parts, mesh, layout, recipe.data.seq_len_tokens)
-        decoder.to_empty(device=device)
-        if fresh and recipe.model.init_from:
-            load_huggingface(decoder, Path(recipe.model.init_from))
-        elif fresh:
-            init_weights(decoder, recipe.train.seed)
+        parts.root.to_empty(device=device)
+        if fresh:
+            _fill(parts.root, dict(parts.root.named_parameters()), recipe)
     return TorchEngine(plan, stages, mesh, device)
+
+
+def _build_deepspeed(plan: Plan, device: torch.device, fresh: bool) -> Engine:
+    _refuse_old_deepspeed()
+    # Here, because DeepSpeed is an extra, and seconds of each rank's start.
+    from aifactory_train.train.engine_deepspeed import DeepSpeedEngine
+
+    with torch.device("meta"):
+        parts = build_model(plan.recipe.model, plan.layout.model_code)
+    engine = DeepSpeedEngine(plan, parts, device)
+    if fresh:
+        _fill(parts.root, engine.weights(), plan.recipe)
+        engine.publish()
+    return engine
+
+
+def _refuse_old_deepspeed() -> None:
+    """Raise PlanError where the package is missing or older than 0.16."""
+    try:
+        found = importlib.metadata.version("deepspeed")
+    except importlib.metadata.PackageNotFoundError:
+        found = None
+    if found is None or tuple(map(int, found.split(".")[:2])) < LEAST_DEEPSPEED:
+        least = ".".join(map(str, LEAST_DEEPSPEED))
+        error = PlanError(
+            f"engine deepspeed needs the package deepspeed {least} or newer, here is {found or 'none'}",
+            where="plan.json: layout.engine",
+            do="pip install 'aifactory-train[deepspeed]' -c constraints.txt, or --set layout.engine=fsdp2",
+        )
+        error.on_every_rank = True  # the ranks of a run have the same installation
+        raise error
+
+
+def _fill(root: nn.Module, weights: Mapping[str, Tensor], recipe: Recipe) -> None:
+    """First weights: from a folder, or random."""
+    if recipe.model.init_from:
+        load_huggingface(root, Path(recipe.model.init_from))
+    else:
+        init_weights(root, weights, recipe.model, recipe.train.seed)
 
 
 def build_loader(plan: Plan, ranks: Ranks, prepared: Prepared, pin_memory: bool) -> Loader:
