@@ -143,7 +143,7 @@ def build_foreign(model: Model) -> ModelParts:
     Raises:
         PlanError: transformers has no such model, or it is not made of blocks.
     """
-    root, _ = _construct(model)
+    root = build_root(model)
     n_layers = model.n_layers
     lists = [m for m in root.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers]
     if not lists:
@@ -187,6 +187,11 @@ def load_config(model: Model) -> Any:
             setattr(config, key, 0.0)
     config.use_cache = False
     return config
+
+
+def build_root(model: Model) -> Any:
+    """The model of transformers as it is there: parameters on the meta device, buffers with their numbers."""
+    return _construct(model)[0]
 
 
 def _construct(model: Model) -> tuple[Any, dict[str, Tensor]]:
