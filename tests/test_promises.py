@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+import engines_table
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 COMMAND = re.compile(r"(?:^ {4}aifactory-train|`aifactory-train|\$\(RUN\)) ([a-z]+)([^`\n]*)", re.MULTILINE)
@@ -40,6 +42,13 @@ def test_every_make_target_that_the_readme_names_exists() -> None:
     named = set(re.findall(r"(?:^ {4}|`)make ([a-z-]+)", README, re.MULTILINE))
     assert {"demo", "test"} <= named
     assert named <= targets, f"README names {sorted(named - targets)}; the Makefile has {sorted(targets)}"
+
+
+def test_the_table_of_engines_is_what_training_takes() -> None:
+    """To renew it: paste what render_engines() returns between the two marks."""
+    shown = README.split(engines_table.BEGIN)[1].split(engines_table.END)[0].strip()
+    assert shown == engines_table.render_engines()
+    assert engines_table.trains("deepspeed", {"zero_stage": 1}) and not engines_table.trains("fsdp2", {"zero_stage": 1})
 
 
 def test_every_verb_of_the_readme_exists_and_every_verb_is_in_the_readme() -> None:
