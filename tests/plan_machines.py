@@ -10,6 +10,10 @@ NOTHING_MEASURED = Measured()
 DEMO = configs_dir() / "recipes" / "demo.yaml"
 LLAMA_8B = configs_dir() / "recipes" / "llama3-8b.yaml"
 LLAMA_70B = configs_dir() / "recipes" / "llama3-70b.yaml"
+# What a recipe may ask for and this version does not train.
+UNTRAINABLE = [
+    *("train.compile=auto", "layout.pp=2", "layout.pipeline_schedule=zbv", "layout.reshard_after_forward=true"),
+]
 
 
 def cpu(memory_bytes=24 * GIB, measured=NOTHING_MEASURED, bf16=True, peak=None):

@@ -154,10 +154,10 @@ def block_forward(work: Work, layout: Layout, software: Software, pace: Pace) ->
     """One block, one micro-batch, on one device of the tp and cp axes."""
     model, tp = work.model, layout.tp
     tokens = layout.micro_batch_rows * work.seq_len_tokens / layout.cp
-    d, f = model.hidden_size, model.ffn_size / tp
+    d, f = model.hidden_size, model.ffn_size * model.n_active_experts / tp
     q = model.n_heads * model.head_size / tp
     kv = model.n_kv_heads * model.head_size / min(tp, model.n_kv_heads)
-    n_mlp = shape.n_mlp_matrices(model)
+    n_mlp = model.n_mlp_matrices
     size = shape.BYTES[layout.precision]
     products = ((tokens, q + 2 * kv, d), (tokens, d, q), (tokens, (n_mlp - 1) * f, d), (tokens, d, f))
     fused = layout.compile if software.fused_elementwise is None else software.fused_elementwise
@@ -182,7 +182,10 @@ def block_forward(work: Work, layout: Layout, software: Software, pace: Pace) ->
     return Forward(
         gemm_s=sum(forward_s),
         second_gemms_s=qkv_s * kv / (q + 2 * kv) + o_s + second_mlp_s,
-        backward_gemm_s=sum(backward_gemm_s(m, n, k, rate, pace, size) for m, n, k in products),
+        backward_gemm_s=sum(
+            gemm_s(m, k, n, rate, pace, size) if work.lora else backward_gemm_s(m, n, k, rate, pace, size)
+            for m, n, k in products
+        ),
         last_gemm_s=down_s,
         attention_s=attention_s,
         elementwise_s=moved_bytes / pace.memory_bytes_per_s,

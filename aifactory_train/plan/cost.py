@@ -138,8 +138,8 @@ def run_size_of(recipe: Recipe) -> RunSize:
 
 
 def checkpoint_bytes(recipe: Recipe) -> int:
-    """fp32 weights and moments: two per weight under AdamW; one for the block matrices under Muon."""
-    n = shape.n_parameters(recipe.model)
+    """fp32 weights that are trained and moments: two per weight under AdamW; one for the block matrices under Muon."""
+    n = shape.n_trained_parameters(recipe.model, recipe.lora)
     n_moments = 2 * n
     if recipe.optim.name == "muon":
         n_moments -= recipe.model.n_layers * shape.n_block_matrix_parameters(recipe.model)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from aifactory_train.errors import PlanError
 from aifactory_train.plan.contract import Layout
 from aifactory_train.plan.memory import DEEPSPEED_BUCKET
-from aifactory_train.plan.plan import Plan
 from aifactory_train.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from aifactory_train.plan.plan import Plan
 
 Options = dict[str, Any]
 
@@ -32,6 +34,11 @@ RECIPE_KEY = {
     "optimizer.params.eps": "optim.eps",
     "optimizer.params.weight_decay": "optim.weight_decay",
 }
+# Of these the ones that take the same value.
+SAME_VALUE = {
+    *("train_micro_batch_size_per_gpu", "gradient_clipping", "zero_optimization.stage"),
+    *("optimizer.params.lr", "optimizer.params.eps", "optimizer.params.weight_decay"),
+}
 # Sections that would do what the recipe or the launcher does, and where it is said.
 NOT_THEIRS = {
     "scheduler": "schedule.shape, schedule.warmup_tokens and schedule.min_lr_frac",
@@ -54,8 +61,19 @@ def ds_config(plan: Plan) -> Options:
     Raises:
         PlanError: the user's options contradict the plan; names each key, both values and what to type.
     """
+    refuse_conflicts(plan.recipe, plan.layout)
     ours, theirs = decided(plan.recipe, plan.layout), plan.recipe.layout.deepspeed or {}
-    faults = conflicts(ours, theirs)
+    config = _merged(_merged(defaults(plan.shape.n_parameters), theirs), ours)
+    zero = config["zero_optimization"]
+    for key in ("offload_optimizer", "offload_param"):
+        if zero[key]["device"] == "none":
+            del zero[key]
+    return config
+
+
+def refuse_conflicts(recipe: Recipe, layout: Layout) -> None:
+    """Raise PlanError where the user's options contradict recipe and layout, with each key and both values."""
+    faults = conflicts(decided(recipe, layout), recipe.layout.deepspeed or {})
     if faults:
         error = PlanError(
             "the options of DeepSpeed contradict the plan:\n    " + "\n    ".join(faults),
@@ -64,12 +82,6 @@ def ds_config(plan: Plan) -> Options:
         )
         error.on_every_rank = True  # all ranks read the same plan
         raise error
-    config = _merged(_merged(defaults(plan.shape.n_parameters), theirs), ours)
-    zero = config["zero_optimization"]
-    for key in ("offload_optimizer", "offload_param"):
-        if zero[key]["device"] == "none":
-            del zero[key]
-    return config
 
 
 def decided(recipe: Recipe, layout: Layout) -> Options:
@@ -136,7 +148,9 @@ def _differences(ours: Options, theirs: Options, prefix: str) -> list[str]:
             found += _differences(ours[name], value, f"{key}.")
         elif ours[name] != value:
             where = RECIPE_KEY.get(key, "the recipe")
-            found.append(f"{key}: the plan has {ours[name]!r}, layout.deepspeed has {value!r}; {_remove(where)}")
+            do = f"--set {where}={value}, or take the key out of layout.deepspeed"
+            do = do if key in SAME_VALUE else _remove(where)
+            found.append(f"{key}: the plan has {ours[name]!r}, layout.deepspeed has {value!r}; {do}")
     return found
 
 

@@ -332,7 +332,11 @@ def _ranked(plan: Plan, ranking: Ranking) -> str:
         slower = "" if candidate is chosen else _slower(candidate, chosen)
         memory, why = (
             units.format_bytes(candidate.memory.peak_bytes),
-            "" if candidate.why_not is None else "  not trainable",
+            "  not trainable"
+            if candidate.why_not is not None
+            else "  where asked for"
+            if candidate.layout.engine != chosen.layout.engine
+            else "",
         )
         lines.append(f"  {mark} {slower:>9}{memory:>12}  {_described(candidate, chosen)}{why}")
         if candidate is not chosen and (difference := _difference(chosen, candidate, ranking.order_only)):

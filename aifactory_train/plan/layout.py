@@ -62,6 +62,19 @@ def divisors(n: int) -> tuple[int, ...]:
     return tuple(sorted({*small, *(n // d for d in small)}))
 
 
+def model_code(recipe: Recipe) -> Literal["own", "transformers"]:
+    """That of the recipe; on auto our decoder for every model that it computes."""
+    wish = recipe.layout.model_code
+    if wish != "auto":
+        return wish
+    return "transformers" if recipe.model.family == "other" else "own"
+
+
+def data_parallel_alone(recipe: Recipe) -> bool:
+    """Whether pp, cp and tp are 1 on auto, because what is trained is not split over them."""
+    return recipe.lora is not None or model_code(recipe) == "transformers"
+
+
 def tp_fault(model: Model, seq_len_tokens: int, tp: int, per_node: int | None = None) -> str | None:
     """Why a model cannot be split over tp ranks of a node, None where it can. per_node None: over nodes, too."""
     if per_node is not None and per_node % tp:
@@ -165,7 +178,7 @@ def legal_degrees(recipe: Recipe, world_size: int, per_node: int, axes_on_auto: 
         axes_on_auto: whether pp, dp_replicate, cp and tp on auto may be more than 1.
     """
     wish, model, seq = recipe.layout, recipe.model, recipe.data.seq_len_tokens
-    free = divisors(world_size) if axes_on_auto else (1,)
+    free = divisors(world_size) if axes_on_auto and not data_parallel_alone(recipe) else (1,)
     for tp in _options(wish.tp, [d for d in free if d <= per_node]):
         if tp_fault(model, seq, tp, per_node) or (_wants_fp8(recipe) and fp8_fault(model, tp)):
             continue

@@ -131,14 +131,19 @@ class _Rank:
         self.reduced_size = FP32_BYTES if software.fp32_gradients else self.size
         self.n_layers = layers_by_rank(model, layout, software.stages_count_head)[pp_rank]
         self.n_matrices = shape.n_block_matrix_parameters(model, tp)
-        self.n_block = shape.n_block_parameters(model, tp)
-        self.n_down = model.hidden_size * -(-model.ffn_size // tp)
+        n_adapters = shape.n_adapter_parameters(model, work.lora)
+        self.n_block = shape.n_block_parameters(model, tp) + n_adapters
         self.n_table = shape.n_table_parameters(model, tp)
         if layout.pp == 1:
             self.n_root = shape.n_root_parameters(model, tp)
         else:  # a tied table stands on both ends
             self.n_root = (stages[0] == 0) * self.n_table + self.last * (self.n_table + model.hidden_size)
         self.n = self.n_layers * self.n_block + self.n_root
+        # With adapters nothing else has gradients.
+        self.n_block_trained, self.n_root_trained = (n_adapters, 0) if work.lora else (self.n_block, self.n_root)
+        self.n_trained = self.n_layers * self.n_block_trained + self.n_root_trained
+        self.n_down = 0 if work.lora else model.hidden_size * -(-model.ffn_size // tp) * model.n_experts
+        self.loss_chunk_tokens = None if shape.makes_whole_logits(model) else software.loss_chunk_tokens
         self.tokens = -(-layout.micro_batch_rows * work.seq_len_tokens // layout.cp)
         self.in_flight = micro_batches_in_flight(layout, pp_rank)
         self.n_borders = sum((stage > 0) + (stage < n_stages - 1) for stage in stages)
@@ -155,7 +160,7 @@ class _Rank:
         """What a checkpoint holds of this rank, with what stays resident of it."""
         layout, fp32 = self.layout, self.software.fp32_states and self.size != FP32_BYTES
         size = FP32_BYTES if self.software.fp32_states else self.size
-        n_moments = 2 * self.n
+        n_moments = 2 * self.n_trained
         if self.work.optimizer == "muon":
             n_moments -= self.n_layers * self.n_matrices
         optimizer = self._shard(n_moments) * size
@@ -164,7 +169,7 @@ class _Rank:
         held = self._shard(self.n) if layout.zero_stage == 3 else self.n
         return {
             "parameters": held * self.size,
-            "optimizer_state": optimizer + (self._shard(self.n) * FP32_BYTES if fp32 else 0),
+            "optimizer_state": optimizer + (self._shard(self.n_trained) * FP32_BYTES if fp32 else 0),
         }
 
     def _shard(self, n: int) -> int:
@@ -173,13 +178,14 @@ class _Rank:
     def _fixed(self) -> Terms:
         layout, states = self.layout, self.saved_states()
         copy = sum(states.values()) if self.kind == "cpu" and self.work.asynchronous_save else 0
-        if layout.offload == "optimizer":
-            states["optimizer_state"] = 0
+        if self.kind != "cpu":
+            states |= {"optimizer_state": 0} if layout.offload != "none" else {}
+            states |= {"parameters": 0} if layout.offload == "parameters" else {}
         degrees = (layout.pp, layout.dp_replicate, layout.dp_shard, layout.cp, layout.tp)
         n_communicators = sum(degree > 1 for degree in degrees) + (layout.world_size > 1)
         if layout.engine == "deepspeed":
             # Allocated once: Megatron's and DeepSpeed's gradients are parts of long buffers.
-            n_gradients = self.n if layout.zero_stage == 1 else self._shard(self.n)
+            n_gradients = self.n_trained if layout.zero_stage == 1 else self._shard(self.n_trained)
             states["gradients"] = n_gradients * self.reduced_size
         return {
             **states,
@@ -220,7 +226,7 @@ class _Rank:
         if not self.last:
             return 0
         vocab, tp, precision = self.work.model.vocab_size, self.layout.tp, self.layout.precision
-        chunk = self.software.loss_chunk_tokens
+        chunk = self.loss_chunk_tokens
         if chunk is not None:
             return shape.chunk_loss_bytes(
                 self.tokens, chunk, -(-vocab // tp), self.n_table, precision, self.layout.compile
@@ -240,15 +246,16 @@ class _Rank:
         """
         kept, size, reduced = self._activations(), self.size, self.reduced_size
         root, block, n_blocks = self.n_root * size, self.n_block * size, self.n - self.n_root
+        n_trained_blocks = self.n_trained - self.n_root_trained
         gathered = root + (0 if self.layout.reshard_after_forward else n_blocks * size)
         ahead = 2 * block if self.layout.reshard_after_forward else 0
         accumulates = self.layout.accumulation > 1
         each = self.layout.reduce_each_micro_batch
         # Before the last micro-batch gradients add up, unsharded in the precision of the reduction or as shards.
-        waiting = self.n * reduced if accumulates and not each else 0
-        shards = self._shard(self.n) * FP32_BYTES
+        waiting = self.n_trained * reduced if accumulates and not each else 0
+        shards = self._shard(self.n_trained) * FP32_BYTES
         held = shards if accumulates and each else 0
-        head = self.n_table * size if self.last and self.software.loss_chunk_tokens is not None else 0
+        head = self.n_table * size if self.last and self.loss_chunk_tokens is not None else 0
         yield (
             "in the loss",
             {
@@ -264,16 +271,16 @@ class _Rank:
             if n_done > self.n_layers - 1:
                 continue
             left = (self.n_layers - n_done) / self.n_layers
-            still = head + (int((self.n_root + left * n_blocks) * reduced) if waiting else 0)
+            still = head + (int((self.n_root_trained + left * n_trained_blocks) * reduced) if waiting else 0)
             # At the end of a block: all its gradients and none of its activations.
-            spent = max(0, block - working - kept.block)
+            spent = max(0, self.n_block_trained * size - working - kept.block)
             yield (
                 f"in the backward pass of the {name} block",
                 {
-                    "gradients": held or self._shard(n_done * self.n_block) * FP32_BYTES,
+                    "gradients": held or self._shard(n_done * self.n_block_trained) * FP32_BYTES,
                     "gathered_parameters": gathered + ahead if ahead else int(root + left * n_blocks * size),
                     "unsharded_gradients": still + self.n_down * size + spent,
-                    "reduce_buffers": self.n_block * reduced if n_done else 0,
+                    "reduce_buffers": self.n_block_trained * reduced if n_done else 0,
                     "activations": max(kept.block, kept.blocks - n_done * kept.block),
                     "recomputed_block": kept.again,
                     "activation_gradients": kept.flowing,
@@ -283,8 +290,8 @@ class _Rank:
             "in the reduction of the last gradients",
             {
                 "gradients": shards,
-                "unsharded_gradients": self.n_root * (size + (reduced if waiting else 0)),
-                "reduce_buffers": self.n_root * reduced,
+                "unsharded_gradients": self.n_root_trained * (size + (reduced if waiting else 0)),
+                "reduce_buffers": self.n_root_trained * reduced,
             },
         )
         yield "in the optimizer step", {"gradients": shards}
@@ -337,10 +344,10 @@ class _Rank:
         """ZeRO as DeepSpeed and Megatron's distributed optimizer have it."""
         layout, kept = self.layout, self._activations()
         n_gathered = self.n_root + 2 * self.n_block if layout.zero_stage == 3 else 0
-        n_bucket = min(self.n, DEEPSPEED_BUCKET) if layout.zero_stage > 1 or self.software.flat_step else 0
+        n_bucket = min(self.n_trained, DEEPSPEED_BUCKET) if layout.zero_stage > 1 or self.software.flat_step else 0
         # Gradients in bf16 are copied to fp32 for the step, and Adam over lists of tensors makes one more of that size.
         copied = self.software.fp32_states and not self.software.fp32_gradients
-        step = {"optimizer_step": 2 * self._shard(self.n) * FP32_BYTES if copied else 0}
+        step = {"optimizer_step": 2 * self._shard(self.n_trained) * FP32_BYTES if copied else 0}
         buffers = {
             "gathered_parameters": n_gathered * self.size,
             "reduce_buffers": n_bucket * self.size,
@@ -360,7 +367,7 @@ def _host_bytes(work: Work, kind: DeviceKind, layout: Layout, states: Terms, pea
         return {"ranks": n_ranks * peak_bytes}
     parameters, optimizer = states["parameters"], states["optimizer_state"]
     offloaded = 0
-    if layout.offload == "optimizer":
+    if layout.offload != "none":
         # The step there reads the gradients in fp32: half of two fp32 moments.
         offloaded = optimizer + optimizer // 2
     return {
@@ -368,4 +375,5 @@ def _host_bytes(work: Work, kind: DeviceKind, layout: Layout, states: Terms, pea
         "data": n_ranks * HOST_DATA_BYTES,
         "staging": n_ranks * (parameters + optimizer) if work.asynchronous_save else 0,
         "offloaded_optimizer": n_ranks * offloaded,
+        **({"offloaded_parameters": n_ranks * parameters} if layout.offload == "parameters" else {}),
     }

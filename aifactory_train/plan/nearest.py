@@ -8,27 +8,17 @@ from typing import Any
 from aifactory_train.machine.machine import Machine
 from aifactory_train.plan.layout import divisors, ranks_per_node
 from aifactory_train.plan.limits import job_limits
-from aifactory_train.plan.search import Candidate, Ranking, search
+from aifactory_train.plan.search import Candidate, search
 from aifactory_train.recipe.schema import Recipe
 
 # So many sizes are tried below and above the one that was asked for.
 MOST_TRIES = 12
-# What the training core runs.
-_TRAINED: dict[str, Any] = {"engine": "fsdp2", "zero_stage": 3, "offload": "none"}
-
-
-def search_trained(recipe: Recipe, machine: Machine, n_nodes: int, cpu_ranks: int) -> Ranking:
-    """The search among what this version trains; a key that the user gave stays as it is."""
-    pins = {key: value for key, value in _TRAINED.items() if getattr(recipe.layout, key) == "auto"}
-    return search(with_layout(recipe, **pins), machine, n_nodes, cpu_ranks)
 
 
 def find(recipe: Recipe, machine: Machine, n_nodes: int, cpu_ranks: int, to_train: bool) -> Candidate | None:
     """The layout that a plan would take; with `to_train` only one that this version trains."""
-    if not to_train:
-        return search(recipe, machine, n_nodes, cpu_ranks).chosen
-    chosen = search_trained(recipe, machine, n_nodes, cpu_ranks).chosen
-    return chosen if chosen is not None and chosen.why_not is None else None
+    chosen = search(recipe, machine, n_nodes, cpu_ranks).chosen
+    return None if to_train and chosen is not None and chosen.why_not is not None else chosen
 
 
 def with_layout(recipe: Recipe, **values: Any) -> Recipe:
@@ -41,7 +31,8 @@ def with_train(recipe: Recipe, **values: Any) -> Recipe:
 
 def given_keys(recipe: Recipe) -> list[str]:
     """Keys of the layout and the micro-batch that are not on auto."""
-    keys = [f"layout.{key}" for key, value in recipe.layout.model_dump().items() if value != "auto"]
+    given = recipe.layout.model_dump(exclude={"deepspeed"})
+    keys = [f"layout.{key}" for key, value in given.items() if value != "auto"]
     return keys + ["train.micro_batch_rows"] * (recipe.train.micro_batch_rows != "auto")
 
 

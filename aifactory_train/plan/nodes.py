@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 from aifactory_train.errors import PlanError
 from aifactory_train.machine.machine import Machine
 from aifactory_train.plan.calibrate import correct_step_time
+from aifactory_train.plan.contradictions import check_kind
 from aifactory_train.plan.cost import estimate_cost, hours_of
 from aifactory_train.plan.layout import describe
 from aifactory_train.plan.limits import job_limits
-from aifactory_train.plan.refuse import check_kind, check_wishes, nothing_left, shorter_run
+from aifactory_train.plan.refuse import check_wishes, nothing_left, shorter_run
 from aifactory_train.plan.search import Candidate, search
 from aifactory_train.recipe.schema import Recipe
 from aifactory_train.units import format_count, format_hours, format_seconds, parse_duration_s

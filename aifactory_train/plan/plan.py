@@ -16,6 +16,7 @@ from aifactory_train.errors import PlanError
 from aifactory_train.machine.machine import Machine
 from aifactory_train.plan.calibrate import correct_step_time
 from aifactory_train.plan.contract import Layout, Part, Prediction, Shape
+from aifactory_train.plan.deepspeed import refuse_conflicts
 from aifactory_train.plan.layout import (
     cp_fault,
     describe,
@@ -154,6 +155,8 @@ def make_ranked_plan(recipe: Recipe, machine: Machine, n_nodes: int = 1, cpu_ran
         raise nothing_left(recipe, machine, n_nodes, cpu_ranks, ranking)
     shape = build_shape(recipe.model, recipe.data.seq_len_tokens)
     layout = Layout.model_validate(ranking.chosen.layout.model_dump())
+    if layout.engine == "deepspeed":
+        refuse_conflicts(recipe, layout)
     predicted = _predict(recipe, machine, ranking.chosen, shape, ranking.order_only)
     plan = Plan(
         recipe=recipe,
@@ -217,6 +220,14 @@ def _notes(recipe: Recipe, machine: Machine, ranking: Ranking, predicted: Predic
     elif best.why_not is not None and best.tokens_per_s > (1 + NOTABLE_FRAC) * chosen.tokens_per_s:
         less = format_difference(best.step_time_s / chosen.step_time_s - 1)
         notes.append(f"faster would be {describe(best.layout)}: step time {less}; but {best.why_not}")
+    elif best.layout.engine != layout.engine and best.tokens_per_s > (1 + NOTABLE_FRAC) * chosen.tokens_per_s:
+        less = format_difference(best.step_time_s / chosen.step_time_s - 1)
+        notes.append(
+            f"faster would be {describe(best.layout)}: step time {less}, by a model that nobody has held against "
+            "DeepSpeed on a GPU, so auto takes fsdp2 where it fits; to take the other: "
+            f"--set layout.engine=deepspeed --set layout.zero_stage={best.layout.zero_stage}"
+            f" --set layout.offload={best.layout.offload}"
+        )
     else:
         notes += _plainer_notes(ranking, chosen)
     notes += _fp8_notes(recipe, machine, chosen)
@@ -250,7 +261,8 @@ def _notes(recipe: Recipe, machine: Machine, ranking: Ranking, predicted: Predic
 
 def _plainer_notes(ranking: Ranking, chosen: Candidate) -> list[str]:
     """Where one that can be trained is predicted to be faster, and one with other axes was taken."""
-    fastest = next((c for c in ranking.candidates if c.why_not is None), chosen)
+    engine = chosen.layout.engine
+    fastest = next((c for c in ranking.candidates if c.why_not is None and c.layout.engine == engine), chosen)
     axes = [(axis, getattr(fastest.layout, axis)) for axis in ("pp", "cp", "tp")]
     if all(getattr(chosen.layout, axis) == degree for axis, degree in axes) or ranking.order_only:
         return []

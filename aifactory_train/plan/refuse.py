@@ -8,29 +8,26 @@ from collections.abc import Iterable
 from aifactory_train.errors import PlanError
 from aifactory_train.machine.machine import Machine
 from aifactory_train.plan.contract import Layout
+from aifactory_train.plan.contradictions import check_kind
 from aifactory_train.plan.layout import (
     Degrees,
     cp_fault,
+    data_parallel_alone,
     describe,
     divisors,
-    fp8_fault,
-    fp8_tokens_fault,
     pp_fault,
     ranks_per_node,
     schedules,
     tp_fault,
 )
 from aifactory_train.plan.memory import FIT_FRAC
-from aifactory_train.plan.nearest import drop_wishes, given_keys, nearest_sizes, search_trained, what_works, with_layout
-from aifactory_train.plan.rates import Precision, device_rates, rate_key
-from aifactory_train.plan.search import HOST_IS_SHORT, Ranking, choose_precision, search
-from aifactory_train.plan.stages import V_SCHEDULES
+from aifactory_train.plan.nearest import drop_wishes, given_keys, nearest_sizes, what_works, with_layout
+from aifactory_train.plan.search import HOST_IS_SHORT, Ranking, search
 from aifactory_train.plan.support import why_not_trainable
 from aifactory_train.recipe.schema import Recipe
 from aifactory_train.units import format_bytes, format_fraction
 
 MOST_NODES_TO_TRY = 16_384
-Fault = tuple[bool, str, str]  # whether it is one, what, do
 
 
 def check_wishes(recipe: Recipe, machine: Machine, n_nodes: int, cpu_ranks: int) -> None:
@@ -134,107 +131,15 @@ def _check_batch(recipe: Recipe, machine: Machine, world_size: int) -> None:
 
 def replicas_allowed(recipe: Recipe, machine: Machine, world_size: int) -> list[int]:
     """Numbers of replicas that the given degrees leave open; on a CPU only FSDP is taken on auto."""
-    wish, on_cpu = recipe.layout, machine.device.kind == "cpu"
+    wish, alone = recipe.layout, machine.device.kind == "cpu" or data_parallel_alone(recipe)
     given = {axis: getattr(wish, axis) for axis in ("pp", "cp", "tp")}
     fixed = math.prod(value for value in given.values() if value != "auto")
-    if on_cpu or "auto" not in given.values():
+    if alone or "auto" not in given.values():
         return [world_size // fixed]
     if "auto" not in (wish.dp_shard, wish.dp_replicate):
         return [int(wish.dp_shard) * int(wish.dp_replicate)]
     least = math.prod(d for d in (wish.dp_shard, wish.dp_replicate) if d != "auto")
     return [d for d in divisors(world_size // fixed) if d % least == 0]
-
-
-def check_kind(recipe: Recipe, machine: Machine) -> None:
-    """Refuse engine, ZeRO stage, offload, precision, pipeline schedule and remat that contradict each other.
-
-    Raises:
-        PlanError: with what to set instead. It holds for any number of nodes.
-    """
-    wish, precision = recipe.layout, choose_precision(recipe, machine)
-    axes = [axis for axis in ("pp", "dp_replicate", "cp", "tp") if getattr(wish, axis) not in ("auto", 1)]
-    stage = wish.zero_stage
-    faults: list[Fault] = [
-        *_fp8_faults(recipe, machine, precision),
-        *_schedule_faults(recipe, machine),
-        (
-            wish.engine == "fsdp2" and stage in (1, 2),
-            f"layout.zero_stage {stage} is deepspeed's; engine fsdp2 splits parameters too, which is stage 3",
-            "--set layout.engine=deepspeed, or --set layout.zero_stage=3",
-        ),
-        (
-            wish.engine == "fsdp2" and wish.offload == "optimizer",
-            "layout.offload optimizer is deepspeed's; engine fsdp2 keeps the optimizer's state on the device",
-            "--set layout.engine=deepspeed, or --set layout.offload=none",
-        ),
-        (
-            (wish.engine == "deepspeed" or stage in (1, 2) or wish.offload == "optimizer") and bool(axes),
-            f"layout.{', '.join(axes)} above 1 with deepspeed, which splits over dp_shard alone",
-            "--set layout.engine=fsdp2 --set layout.zero_stage=3 --set layout.offload=none, or leave the axis at auto",
-        ),
-        (
-            (wish.engine == "deepspeed" or stage in (1, 2)) and recipe.optim.name != "adamw",
-            f"optim.name {recipe.optim.name} with deepspeed, which has adamw",
-            "--set optim.name=adamw, or --set layout.engine=fsdp2",
-        ),
-    ]
-    for is_fault, what, do in faults:
-        if is_fault:
-            raise PlanError(what, where=f"recipe {recipe.name} on machine {machine.name}", do=do)
-
-
-def _fp8_faults(recipe: Recipe, machine: Machine, precision: Precision) -> list[Fault]:
-    """No units for it, or sizes that they do not take. On auto tp, cp and micro-batch count as what divides best."""
-    if rate_key(precision) != "fp8":
-        return []
-    unknown = device_rates(machine, "fp8").peak_flops_per_s is None
-    what = f"train.precision {precision}: {machine.device.name} has no fp8 units that its machine file knows"
-    least = "9.0" if precision == "fp8_rowwise" else "8.9"
-    needs = f"; fp8 matrix products need a GPU of compute capability {least} or an MI300"
-    do = "--set train.precision=auto"
-    if machine.device.kind != "cpu":
-        do += ", or give the machine file its device.peak_flops_per_s.fp8"
-    wish, rows = recipe.layout, recipe.train.micro_batch_rows
-    tp, cp = (1 if degree == "auto" else degree for degree in (wish.tp, wish.cp))
-    sides = fp8_fault(recipe.model, tp)
-    tokens = fp8_tokens_fault(recipe.global_batch_rows if rows == "auto" else rows, recipe.data.seq_len_tokens, cp)
-    return [
-        (unknown, what + needs, do),
-        (
-            sides is not None,
-            f"train.precision {precision}: {sides}",
-            "--set train.precision=bf16" + ", or a smaller layout.tp" * (tp > 1),
-        ),
-        (
-            tokens is not None,
-            f"train.precision {precision}: {tokens}",
-            "--set train.precision=bf16, or another train.micro_batch_rows or data.seq_len_tokens",
-        ),
-    ]
-
-
-def _schedule_faults(recipe: Recipe, machine: Machine) -> list[Fault]:
-    """zbv and dualpipev compute the gradients of weights after those of inputs, in two passes over autograd's graph."""
-    wish, schedule = recipe.layout, recipe.layout.pipeline_schedule
-    splits, alone = schedule in V_SCHEDULES, wish.pp == 1 or (wish.pp == "auto" and machine.device.kind == "cpu")
-    named, do = f"layout.pipeline_schedule {schedule}", "or --set layout.pipeline_schedule=auto"
-    return [
-        (
-            schedule not in ("auto", "1f1b") and alone,
-            f"{named} with pp 1: there is no pipeline",
-            f"--set layout.pp=2, {do}",
-        ),
-        (
-            splits and recipe.train.compile is True,
-            f"{named} splits the backward pass of a block, and train.compile true makes it one piece, to be run twice",
-            f"--set train.compile=false, {do}",
-        ),
-        (
-            splits and wish.remat not in ("auto", "none"),
-            f"{named} with remat {wish.remat}: its split backward pass would compute a block again for each weight",
-            f"--set layout.remat=none, {do}",
-        ),
-    ]
 
 
 def nothing_left(recipe: Recipe, machine: Machine, n_nodes: int, cpu_ranks: int, ranking: Ranking) -> PlanError:
@@ -345,13 +250,5 @@ def refuse_launch(recipe: Recipe, machine: Machine, layout: Layout, cpu_ranks: i
     dropped = drop_wishes(recipe, machine, n_nodes, cpu_ranks, to_train=True)
     if dropped is not None:
         raise PlanError(sentence, where=where, do=dropped)
-    ranking = search_trained(recipe, machine, n_nodes, cpu_ranks)
-    cause = ""
-    if ranking.least is not None:
-        closest, memory = ranking.least
-        cause = (
-            f"\n  of what it trains, the closest ({describe(closest)}) does not fit: {format_bytes(memory.peak_bytes)} "
-            f"per rank, where {format_fraction(FIT_FRAC)} of {format_bytes(ranking.limit_bytes)} may be planned"
-        )
     do = what_works(recipe, machine, n_nodes, cpu_ranks, to_train=True)
-    raise PlanError(sentence + cause, where=where, do=do or "take a smaller model or a shorter data.seq_len_tokens")
+    raise PlanError(sentence, where=where, do=do or "take a smaller model or a shorter data.seq_len_tokens")

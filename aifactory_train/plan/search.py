@@ -17,6 +17,7 @@ from aifactory_train.plan.layout import (
     cp_attention,
     legal_degrees,
     micro_batches,
+    model_code,
     pp_fault,
     ranks_per_node,
     schedules,
@@ -84,8 +85,14 @@ class Ranking:
 
     @cached_property
     def chosen(self) -> Candidate | None:
-        """What the plan takes: the best that this version can train, else the best."""
-        return self._first_choice([c for c in self.candidates if c.why_not is None]) or self.best
+        """What the plan takes: the best that this version can train, else the best.
+
+        Nobody has measured DeepSpeed on a GPU here, so it is taken only where fsdp2 is not among what fits: the recipe
+        names the engine, ZeRO 1 or 2 or offload, or nothing else fits.
+        """
+        trained = [c for c in self.candidates if c.why_not is None]
+        plain = [c for c in trained if c.layout.engine == "fsdp2"]
+        return self._first_choice(plain) or self._first_choice(trained) or self.best
 
     def _first_choice(self, candidates: list[Candidate]) -> Candidate | None:
         if not candidates:
@@ -158,8 +165,8 @@ def search(
 ) -> Ranking:
     """Rank every layout that the recipe allows on `n_nodes` nodes and that fits.
 
-    Offload is tried only where nothing else fits but by reducing gradients in each micro-batch, or where the recipe
-    names it.
+    Offload of the optimizer is tried only where nothing else fits but by reducing gradients in each micro-batch, or
+    where the recipe names it; that of the parameters only where the recipe does.
 
     Args:
         cpu_ranks: ranks per node on a machine without GPUs; without meaning on others.
@@ -167,9 +174,9 @@ def search(
     """
     found = _Search(recipe, machine, n_nodes, cpu_ranks, precision or choose_precision(recipe, machine))
     wish = recipe.layout.offload
-    candidates = found.run("none") if wish != "optimizer" else []
-    if wish != "none" and all(c.layout.engine == "fsdp2" and c.layout.reduce_each_micro_batch for c in candidates):
-        candidates += found.run("optimizer") if wish == "optimizer" or not found.on_cpu else []
+    candidates = found.run("none" if wish == "auto" else wish)
+    if wish == "auto" and all(c.layout.engine == "fsdp2" and c.layout.reduce_each_micro_batch for c in candidates):
+        candidates += [] if found.on_cpu else found.run("optimizer")
     candidates.sort(key=lambda c: (c.step_time_s, _complexity(c.layout)))
     return Ranking(candidates, dict(found.dropped), found.least, found.limit_bytes, found.order_only)
 
@@ -203,7 +210,7 @@ class _Search:
         remat = self.recipe.layout.remat
         self.budget_frac = remat if isinstance(remat, float) else None
 
-    def run(self, offload: Literal["none", "optimizer"]) -> list[Candidate]:
+    def run(self, offload: Literal["none", "optimizer", "parameters"]) -> list[Candidate]:
         found: list[Candidate] = []
         axes_on_auto = not self.on_cpu and self.limit_bytes is not None
         world_size = self.per_node * self.n_nodes
@@ -216,7 +223,7 @@ class _Search:
         wish = self.recipe.train.compile
         if wish != "auto":
             return wish
-        if schedule in V_SCHEDULES:  # refuse.check_kind says why
+        if schedule in V_SCHEDULES:  # contradictions.check_kind says why
             return False
         # On a CPU it needs a C++ compiler, which not every machine has.
         return not self.on_cpu or self.budget_frac is not None
@@ -231,6 +238,7 @@ class _Search:
             "remat_budget_frac": self.budget_frac,
             "precision": self.precision,
             "offload": offload,
+            "model_code": model_code(self.recipe),
             "threads_per_rank": max(1, self.machine.host.cores // self.per_node),
             "device_order": self._device_order(degrees),
         }
@@ -270,10 +278,10 @@ class _Search:
                 yield "fsdp2", 3, reshard
         if wish.engine == "fsdp2" or not degrees.is_dp_shard_alone or rate_key(self.precision) == "fp8":
             return
-        named = wish.engine == "deepspeed" or offload == "optimizer"
+        named = wish.engine == "deepspeed" or offload != "none"
         if self.work.optimizer != "adamw" or (self.on_cpu and not named and wish.zero_stage == "auto"):
             return
-        for zero_stage in (1, 2, 3) if named else (1, 2):
+        for zero_stage in (3,) if offload == "parameters" else (1, 2, 3) if named else (1, 2):
             asked, given = (wish.zero_stage, wish.reshard_after_forward), (zero_stage, zero_stage == 3)
             if all(a in ("auto", g) for a, g in zip(asked, given, strict=True)):
                 yield "deepspeed", zero_stage, zero_stage == 3

@@ -7,12 +7,12 @@ takes longest.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from aifactory_train.machine.machine import Machine
 from aifactory_train.plan import shape
 from aifactory_train.plan.blocktime import Forward, Pace, block_forward, device_pace, head_forward
-from aifactory_train.plan.constants import CONSTANTS, Constants
+from aifactory_train.plan.constants import CONSTANTS, TRANSFORMERS_CODE_FACTOR, Constants
 from aifactory_train.plan.contract import Layout
 from aifactory_train.plan.network import PCIE_BYTES_PER_S, AxisLink, axis_links, collective_s
 from aifactory_train.plan.stages import V_SCHEDULES, layers_by_rank
@@ -67,7 +67,7 @@ def estimate_step_time_s(
     if pace is None:
         return dict.fromkeys(("matmul", "elementwise", "optimizer", "communication"), None)
     links = axis_links(machine, layout, constants)
-    compute = _compute(work, layout, software, pace)
+    compute = _compute(work, layout, software, pace if layout.model_code == "own" else _slower(pace))
     n_micro = layout.accumulation
     moved = _Moved(traffic(work, layout, software, _slowest(layout, compute)), links, layout)
     tp_s = _tensor_parallel_s(moved, software, constants)
@@ -88,6 +88,7 @@ def estimate_step_time_s(
         "pipeline_transfers": n_micro * transfer_s,
         "pipeline_bubble": fill * micro_s,
         "data_parallel": data_parallel_s,
+        "weights_from_host": _weights_from_host_s(work, machine, layout),
         "optimizer": _optimizer_s(work, machine, layout, pace, links["fsdp"]),
         "data": _data_s(work, machine, layout),
         "checkpoint_stall": _checkpoint_stall_s(work, machine, layout),
@@ -104,6 +105,19 @@ def total_step_time_s(terms: dict[str, float | None]) -> float | None:
     if terms["matmul"] is None:
         return None
     return sum(seconds for seconds in terms.values() if seconds is not None)
+
+
+def _slower(pace: Pace) -> Pace:
+    """That of the code of transformers."""
+    factor = TRANSFORMERS_CODE_FACTOR
+    return replace(
+        pace,
+        gemm_flops_per_s=pace.gemm_flops_per_s / factor,
+        head_flops_per_s=pace.head_flops_per_s / factor,
+        attention_flops_per_s=pace.attention_flops_per_s / factor,
+        memory_bytes_per_s=pace.memory_bytes_per_s / factor,
+        kernel_gap_s=pace.kernel_gap_s * factor,
+    )
 
 
 def _compute(work: Work, layout: Layout, software: Software, pace: Pace) -> _Compute:
@@ -241,7 +255,7 @@ def _exposed_s(seconds: float, window_s: float, software: Software, constants: C
 
 
 def _optimizer_s(work: Work, machine: Machine, layout: Layout, pace: Pace, link: AxisLink) -> float:
-    n_weights = shape.n_parameters(work.model) / (layout.tp * layout.pp * layout.shard_degree)
+    n_weights = shape.n_trained_parameters(work.model, work.lora) / (layout.tp * layout.pp * layout.shard_degree)
     muon_s = _muon_s(work, layout, pace, link) if work.optimizer == "muon" else 0.0
     if layout.offload == "none":
         return muon_s + n_weights * OPTIMIZER_BYTES_PER_PARAMETER / pace.memory_bytes_per_s
@@ -251,10 +265,23 @@ def _optimizer_s(work: Work, machine: Machine, layout: Layout, pace: Pace, link:
     return muon_s + host_s + n_weights * (shape.BYTES["fp32"] + shape.BYTES["bf16"]) / host_link
 
 
+def _weights_from_host_s(work: Work, machine: Machine, layout: Layout) -> float:
+    """With offload of the parameters each rank brings its share from host memory, forward and backward, every time.
+
+    As long as nobody has measured how much of it DeepSpeed hides, nothing is.
+    """
+    if layout.offload != "parameters" or machine.device.kind == "cpu":
+        return 0.0
+    n_bytes = shape.n_parameters(work.model) / layout.shard_degree * shape.BYTES[layout.precision]
+    return 2 * layout.accumulation * n_bytes / (machine.topology.host_bytes_per_s or PCIE_BYTES_PER_S)
+
+
 def _muon_s(work: Work, layout: Layout, pace: Pace, link: AxisLink) -> float:
     """Each rank gathers the fp32 momentum of whole matrices and makes it orthogonal (train/optim.py)."""
     at = shape.dims(work.model, layout.tp)
-    sides = [(at.d, at.q), (at.d, at.kv), (at.d, at.kv), (at.q, at.d)] + at.n_mlp_matrices * [(at.d, at.f)]
+    sides = [(at.d, at.q), (at.d, at.kv), (at.d, at.kv), (at.q, at.d)] + at.n_experts * at.n_mlp_matrices * [
+        (at.d, at.f)
+    ]
     # One of the five steps, on rows x columns with rows the fewer: x x^T and gram x, and between them gram gram.
     flops = sum(NEWTON_SCHULZ_STEPS * (4 * min(s) ** 2 * max(s) + 2 * min(s) ** 3) for s in sides)
     n_bytes = shape.BYTES["fp32"] * sum(rows * columns for rows, columns in sides)
@@ -274,6 +301,6 @@ def _checkpoint_stall_s(work: Work, machine: Machine, layout: Layout) -> float:
     """Share of a step of the copy of weights and moments to host memory, from which they are written."""
     if not work.checkpoint_every_steps or machine.device.kind == "cpu":
         return 0.0
-    n_bytes = shape.n_parameters(work.model) * 12 / (layout.tp * layout.pp * layout.shard_degree)
+    n_bytes = shape.n_trained_parameters(work.model, work.lora) * 12 / (layout.tp * layout.pp * layout.shard_degree)
     staged_per_s = min(STAGE_BYTES_PER_S, machine.topology.host_bytes_per_s or STAGE_BYTES_PER_S)
     return n_bytes / staged_per_s / work.checkpoint_every_steps

@@ -6,21 +6,41 @@ from aifactory_train.errors import PlanError
 from aifactory_train.plan.contract import Layout
 from aifactory_train.plan.stages import V_SCHEDULES
 
-_NOT_YET = "this version does not train with"
-
 
 def why_not_trainable(layout: Layout) -> str | None:
     """One sentence where training refuses the layout, None where it runs."""
-    if layout.engine != "fsdp2":
-        return f"{_NOT_YET} engine {layout.engine}; it has fsdp2"
-    if layout.zero_stage != 3:
-        return f"{_NOT_YET} zero_stage {layout.zero_stage}; fsdp2 splits parameters too, which is stage 3"
-    if layout.offload != "none":
-        return f"{_NOT_YET} offload {layout.offload}; it keeps the optimizer's state on the device"
+    sentence = _why_not_deepspeed(layout) if layout.engine == "deepspeed" else _why_not_fsdp2(layout)
+    if sentence is not None:
+        return sentence
+    if layout.model_code == "transformers" and (axes := split_axes(layout)):
+        return f"{axes} with model_code transformers: its own code is not split over it, only our decoder is"
     if layout.remat == "budget" and not (layout.compile and layout.remat_budget_frac):
         return "remat budget needs compile and remat_budget_frac: the compiler chooses what it computes again"
     if layout.pp > 1 and layout.pipeline_schedule in V_SCHEDULES:
         return _why_no_split_backward(layout)
+    return None
+
+
+def split_axes(layout: Layout, axes: tuple[str, ...] = ("pp", "cp", "tp")) -> str:
+    """Those of them that have more than one rank: "pp 2, tp 4"."""
+    return ", ".join(f"{axis} {degree}" for axis in axes if (degree := getattr(layout, axis)) > 1)
+
+
+def _why_not_fsdp2(layout: Layout) -> str | None:
+    if layout.zero_stage != 3:
+        return f"fsdp2 with zero_stage {layout.zero_stage}: it splits parameters too, which is stage 3"
+    if layout.offload != "none":
+        return f"fsdp2 with offload {layout.offload}: it keeps the optimizer's state on the device, deepspeed does not"
+    return None
+
+
+def _why_not_deepspeed(layout: Layout) -> str | None:
+    if axes := split_axes(layout, ("pp", "dp_replicate", "cp", "tp")):
+        return f"deepspeed with {axes}: it splits over dp_shard alone"
+    if layout.precision in ("fp8", "fp8_rowwise"):
+        return f"deepspeed with precision {layout.precision}: it has bf16 and fp32"
+    if layout.offload == "parameters" and layout.zero_stage != 3:
+        return f"deepspeed with offload parameters and zero_stage {layout.zero_stage}: only stage 3 splits parameters"
     return None
 
 

@@ -66,6 +66,7 @@ class _Cut(NamedTuple):
     moves_inputs_again: bool
     gathers_logits: bool
     chunk_tokens: int
+    n_adapters: int
 
 
 def traffic(work: Work, layout: Layout, software: Software = OURS, held: Held | None = None) -> tuple[Transfer, ...]:
@@ -96,6 +97,7 @@ def traffic(work: Work, layout: Layout, software: Software = OURS, held: Held | 
         software.moves_inputs_again,
         not software.vocab_parallel_loss,
         software.loss_chunk_tokens or tokens,
+        shape.n_adapter_parameters(work.model, work.lora),
     )
     return _traffic(shape.dims(work.model, layout.tp), held or _most_held(work, layout, software), cut)
 
@@ -152,21 +154,28 @@ def _data_parallel(at: shape.Dims, held: Held, cut: _Cut) -> Iterator[Transfer]:
     of_block, of_root = 1, 1
     if cut.zero_stage == 3 and cut.reshard_after_forward:
         of_block, of_root = (n_micro + 1, 1) if is_pipeline else (2 * n_micro, n_micro)
-    groups = [(_n_padded(_block(at), n), held.n_layers, of_block)]
+    groups = [(_n_padded(_block(at), n) + cut.n_adapters, held.n_layers, of_block)]
     groups += [(_n_padded(root, n), 1, of_root) for root in _roots(at, held, is_pipeline)]
-    for n_weights, n_groups, gathered in groups:
+    for number, (n_weights, n_groups, gathered) in enumerate(groups):
+        # With adapters nothing else has gradients.
+        n_gradients = n_weights if not cut.n_adapters else cut.n_adapters * (number == 0)
         if n > 1:
             yield Transfer("fsdp", "all_gather", n_weights * cut.size, n_groups * gathered)
-            yield Transfer("fsdp", "reduce_scatter", n_weights * cut.gradient_size, n_groups * n_reduced)
+            yield Transfer("fsdp", "reduce_scatter", n_gradients * cut.gradient_size, n_groups * n_reduced)
         if cut.dp_replicate > 1:
-            yield Transfer("dp_replicate", "all_reduce", n_weights // n * cut.gradient_size, n_groups)
+            yield Transfer("dp_replicate", "all_reduce", n_gradients // n * cut.gradient_size, n_groups)
 
 
 def _block(at: shape.Dims) -> list[tuple[int, int]]:
-    """(rows, columns) of the tensors of one block on one rank of tp."""
+    """(rows, columns) of the tensors of one block on one rank of tp; `transformers` has all experts in one tensor."""
     norms = [(at.d, 1)] * 2 + [(at.head_size, 1)] * (2 * at.qk_norm)
-    into = [(at.q, at.d), (at.kv, at.d), (at.kv, at.d), *[(at.f, at.d)] * (at.n_mlp_matrices - 1)]
-    return [*norms, *into, (at.d, at.q), (at.d, at.f)]
+    biases = [(at.q, 1), (at.kv, 1), (at.kv, 1)] * at.qkv_bias
+    attention = [(at.q, at.d), (at.kv, at.d), (at.kv, at.d), (at.d, at.q)]
+    if at.n_experts > 1:
+        mlp = [(at.n_experts, at.d), (at.n_experts, at.f * at.d * (at.n_mlp_matrices - 1)), (at.n_experts, at.f * at.d)]
+    else:
+        mlp = [*[(at.f, at.d)] * (at.n_mlp_matrices - 1), (at.d, at.f)]
+    return [*norms, *biases, *attention, *mlp]
 
 
 def _roots(at: shape.Dims, held: Held, is_pipeline: bool) -> list[list[tuple[int, int]]]:

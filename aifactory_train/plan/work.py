@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from aifactory_train.recipe.schema import Model, Recipe
+from aifactory_train.recipe.schema import Lora, Model, Recipe
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Work:
     optimizer: Literal["adamw", "muon"] = "adamw"
     asynchronous_save: bool = False
     checkpoint_every_steps: int | None = None
+    lora: Lora | None = None
 
     @property
     def global_batch_tokens(self) -> int:
@@ -37,6 +38,7 @@ def work_of(recipe: Recipe) -> Work:
         optimizer=recipe.optim.name,
         asynchronous_save=recipe.checkpoint.asynchronous,
         checkpoint_every_steps=recipe.checkpoint.every_steps,
+        lora=recipe.lora,
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from aifactory_train.errors import RecipeError
+from aifactory_train.recipe.deepspeed import read_options
 from aifactory_train.recipe.huggingface import expand
 from aifactory_train.recipe.schema import Recipe
 from aifactory_train.strictyaml import Key, parse_yaml, read_yaml, validate
@@ -23,6 +24,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     data = _read_extended(Path(path), origins, ())
     for text in overrides or []:
         _apply_override(data, text, origins)
+    read_options(data, Path.cwd(), origins.get(("layout", "deepspeed"), "command line"))
     if isinstance(data.get("model"), dict):
         where = origins.get(("model", "hf"), str(path))
         data["model"] = expand(data["model"], where)
@@ -41,6 +43,7 @@ def _read_extended(path: Path, origins: dict[Key, str], chain: tuple[Path, ...])
         raise RecipeError(f"extends goes round in a circle: {loop}", where=str(path), do="remove one of the extends")
     own_origins: dict[Key, str] = {}
     own = read_yaml(path, own_origins, RecipeError)
+    read_options(own, path.parent, own_origins.get(("layout", "deepspeed"), str(path)))
     bases = own.pop("extends", [])
     merged: dict[str, Any] = {}
     bases = [bases] if isinstance(bases, str) else bases

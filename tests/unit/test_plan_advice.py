@@ -14,7 +14,7 @@ from aifactory_train.plan.launchable import make_launch_plan
 from aifactory_train.plan.nodes import choose_nodes
 from aifactory_train.plan.plan import load_plan, make_plan
 from aifactory_train.recipe.load import load_recipe
-from plan_machines import DEMO, GIB, LLAMA_8B, LLAMA_70B, cpu, gpus
+from plan_machines import DEMO, GIB, LLAMA_8B, LLAMA_70B, UNTRAINABLE, cpu, gpus
 
 
 def options_of(text: str) -> dict[str, str]:
@@ -64,18 +64,18 @@ def test_launch_names_the_cause_and_the_nearest_nodes_that_train(recipe, asked, 
     assert all(way in said for way in advice) and "leave the key at auto" not in said
 
 
-@pytest.mark.parametrize("wish", ["layout.tp=16", "layout.tp=3", "layout.engine=deepspeed", "layout.zero_stage=2"])
-def test_launch_sets_a_key_that_it_does_not_train_to_auto(wish):
-    key, _ = wish.removeprefix("layout.").split("=")
-    said = typed_back("launch", LLAMA_8B, LEONARDO, f"--nodes 4 --set {wish}")
-    assert f"--set layout.{key}=auto" in said and (key in said.splitlines()[0] or "deepspeed" in said.splitlines()[0])
+@pytest.mark.parametrize("wishes", [["layout.tp=16"], ["layout.tp=3"], UNTRAINABLE])
+def test_launch_sets_a_key_that_it_does_not_train_to_auto(wishes):
+    key, _ = wishes[-1].removeprefix("layout.").split("=")
+    asked = " ".join(f"--set {wish}" for wish in wishes)
+    said = typed_back("launch", LLAMA_8B, LEONARDO, f"--nodes 4 {asked}")
+    assert f"--set layout.{key}=auto" in said and key in said.splitlines()[0]
 
 
-def test_launch_names_the_closest_that_it_trains_where_only_offload_fits():
-    with pytest.raises(PlanError) as caught:
-        answer("launch", LLAMA_8B, gpus(28 * GIB), {})
-    assert "does not train with engine deepspeed" in caught.value.what
-    assert "of what it trains, the closest (" in caught.value.what and ") does not fit: " in caught.value.what
+def test_launch_takes_deepspeed_with_offload_where_nothing_else_fits():
+    layout = answer("launch", LLAMA_8B, gpus(28 * GIB), {}).layout
+    assert (layout.engine, layout.offload) == ("deepspeed", "optimizer")
+    assert answer("launch", LLAMA_8B, gpus(64 * GIB), {}).layout.engine == "fsdp2"
 
 
 def test_launch_tells_the_limit_of_the_partition_before_what_follows_from_it():

@@ -18,7 +18,7 @@ from aifactory_train.plan.nodes import build_node_table
 from aifactory_train.plan.plan import Plan, make_ranked_plan
 from aifactory_train.recipe.load import load_recipe
 from aifactory_train.units import format_fraction
-from plan_machines import DEMO, GIB, LLAMA_8B, LLAMA_70B, cpu, gpus
+from plan_machines import DEMO, GIB, LLAMA_8B, LLAMA_70B, UNTRAINABLE, cpu, gpus
 
 # Few layouts, so that a curve over many nodes is quick.
 ONE_LAYOUT = [arg for key in ("pp", "cp", "tp", "dp_replicate") for arg in ("--set", f"layout.{key}=1")]
@@ -90,7 +90,7 @@ def test_without_nodes_a_machine_with_slurm_has_a_table_with_the_recommended_num
 
 
 def test_a_node_table_says_what_cannot_be_trained_what_a_hundred_is_and_what_a_budget_buys():
-    table = build_node_table(load_recipe(LLAMA_70B, ["layout.engine=deepspeed"]), gpus(80 * GIB), 16, least_nodes=8)
+    table = build_node_table(load_recipe(LLAMA_70B, UNTRAINABLE), gpus(192 * GIB), 16, least_nodes=8)
     text = render_nodes(table, 1000.0)
     assert "tokens bought" in text and "trains no: launch refuses these rows" in text
     best = max(table.rows, key=lambda row: row.tokens_per_s / row.n_nodes)
@@ -107,19 +107,20 @@ def test_under_the_table_stands_the_qos_that_gives_a_job_more_nodes(capsys):
 
 @pytest.mark.parametrize("render", [summarize, explain])
 def test_a_plan_that_cannot_be_trained_says_so_first_with_the_nearest_that_can(render):
-    recipe, machine = load_recipe(LLAMA_8B, ["layout.zero_stage=2"]), gpus(64 * GIB)
+    recipe, machine = load_recipe(LLAMA_8B, UNTRAINABLE), gpus(64 * GIB)
     plan, ranking = make_ranked_plan(recipe, machine, n_nodes=16)
     text = render(plan, ranking)
-    warning = text.index("  warning       launch refuses this plan: this version does not train with")
+    warning = text.index("  warning       launch refuses this plan: zbv with reshard_after_forward")
     assert text.index("  machine") < warning < text.index("  memory")
-    assert "trainable: --set layout.zero_stage=auto" in text
+    assert "trainable: --set layout.pipeline_schedule=auto or --set layout.reshard_after_forward=auto" in text
     assert "not trainable: " not in text, "it is said once"
     assert "warning" not in render(*make_ranked_plan(load_recipe(LLAMA_8B), machine, n_nodes=16))
 
 
 def test_a_key_that_training_refuses_is_named_where_it_alone_is_in_the_way():
-    recipe = load_recipe(LLAMA_8B, ["layout.zero_stage=2", "layout.remat=selective"])
-    assert what_works(recipe, gpus(), 4, 1, to_train=True) == "--set layout.zero_stage=auto"
+    recipe = load_recipe(LLAMA_8B, [*UNTRAINABLE, "layout.tp=2"])
+    said = what_works(recipe, gpus(), 4, 1, to_train=True)
+    assert said == "--set layout.pipeline_schedule=auto or --set layout.reshard_after_forward=auto"
 
 
 def test_the_page_begins_with_the_verdict_and_ends_with_what_it_rests_on():

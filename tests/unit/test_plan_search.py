@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -13,10 +14,10 @@ from aifactory_train.plan.layout import Degrees, describe, legal_degrees, micro_
 from aifactory_train.plan.memory import FIT_FRAC
 from aifactory_train.plan.nodes import build_node_table, choose_nodes, nodes_for_budget, tokens_bought
 from aifactory_train.plan.plan import make_plan, make_ranked_plan
-from aifactory_train.plan.search import ALIKE_FRAC, first_choice, search
+from aifactory_train.plan.search import ALIKE_FRAC, Ranking, first_choice, search
 from aifactory_train.plan.support import refuse_untrainable, why_not_trainable
 from aifactory_train.recipe.load import load_recipe
-from plan_machines import DEMO, GIB, LLAMA_8B, LLAMA_70B, cpu, gpus
+from plan_machines import DEMO, GIB, LLAMA_8B, LLAMA_70B, UNTRAINABLE, cpu, gpus
 
 ONE_LAYOUT = ["layout.pp=1", "layout.cp=1", "layout.tp=1", "layout.dp_replicate=1"]
 
@@ -72,20 +73,29 @@ def test_a_given_degree_is_kept_and_the_rest_is_chosen_around_it():
     assert {(c.layout.tp, c.layout.pp, c.layout.remat) for c in ranking.candidates} == {(2, 2, "full")}
 
 
-def test_the_plan_takes_the_best_that_can_be_trained_and_tells_of_a_faster_one():
-    plan, ranking = make_ranked_plan(load_recipe(LLAMA_8B, ONE_LAYOUT), load_machine("jupiter-booster"), n_nodes=16)
-    assert why_not_trainable(plan.layout) is None and ranking.best.why_not is not None
+def test_the_plan_takes_the_best_that_can_be_trained():
+    plan, ranking = make_ranked_plan(load_recipe(LLAMA_8B), gpus(), n_nodes=4)
+    refused = replace(ranking.chosen, step_time_s=0.9 * ranking.chosen.step_time_s, why_not="no")
+    assert why_not_trainable(plan.layout) is None
+    assert Ranking([refused, *ranking.candidates], {}, None, None, False).chosen == ranking.chosen
+
+
+def test_deepspeed_is_taken_where_the_recipe_names_it_and_told_of_where_it_would_be_faster():
+    machine = load_machine("jupiter-booster")
+    plan, ranking = make_ranked_plan(load_recipe(LLAMA_8B, ONE_LAYOUT), machine, n_nodes=16)
+    assert plan.layout.engine == "fsdp2" and ranking.best.layout.engine == "deepspeed"
     assert ranking.best.tokens_per_s > 1.01 * ranking.chosen.tokens_per_s
-    assert any("faster would be" in note and ranking.best.why_not in note for note in plan.notes)
-    trained = [c for c in ranking.candidates if c.why_not is None]
+    (note,) = (note for note in plan.notes if "faster would be" in note)
+    asked = [*ONE_LAYOUT, *(word for word in note.split() if word.startswith("layout."))]
+    assert make_plan(load_recipe(LLAMA_8B, asked), machine, n_nodes=16).layout == ranking.best.layout
+    trained = [c for c in ranking.candidates if c.layout.engine == "fsdp2"]
     assert ranking.chosen.step_time_s <= min(c.step_time_s for c in trained) * (1 + ALIKE_FRAC)
     assert ranking.runner_up.cut != ranking.chosen.cut
     assert ranking.runner_up.step_time_s >= ranking.chosen.step_time_s
 
 
 def test_where_none_can_be_trained_the_best_is_shown_and_marked_and_launch_has_the_same_sentence():
-    given = load_recipe(LLAMA_70B, ["layout.engine=deepspeed"])
-    plan, ranking = make_ranked_plan(given, gpus(80 * GIB), n_nodes=16)
+    plan, ranking = make_ranked_plan(load_recipe(LLAMA_8B, UNTRAINABLE), gpus(80 * GIB), n_nodes=16)
     assert ranking.chosen is ranking.best and ranking.best.why_not == why_not_trainable(plan.layout)
     assert any(note.startswith(f"not trainable: {ranking.best.why_not}") for note in plan.notes)
     with pytest.raises(PlanError) as caught:
@@ -96,10 +106,13 @@ def test_where_none_can_be_trained_the_best_is_shown_and_marked_and_launch_has_t
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"engine": "deepspeed"}, "engine deepspeed"),
-        ({"zero_stage": 2}, "zero_stage 2"),
+        ({"engine": "deepspeed", "tp": 2, "dp_replicate": 2}, "deepspeed with dp_replicate 2, tp 2: it splits over"),
+        ({"engine": "deepspeed", "precision": "fp8"}, "deepspeed with precision fp8"),
+        ({"engine": "deepspeed", "zero_stage": 2, "offload": "parameters"}, "only stage 3 splits parameters"),
+        ({"zero_stage": 2}, "fsdp2 with zero_stage 2"),
+        ({"model_code": "transformers", "pp": 2, "cp": 2}, "pp 2, cp 2 with model_code transformers: its own code"),
         ({"remat": "budget", "remat_budget_frac": 0.5, "compile": False}, "remat budget needs compile"),
-        ({"offload": "optimizer"}, "offload optimizer"),
+        ({"offload": "optimizer"}, "fsdp2 with offload optimizer"),
         ({"pp": 2, "pipeline_schedule": "zbv", "reshard_after_forward": True}, "zbv with reshard_after_forward"),
     ],
 )
@@ -117,9 +130,11 @@ def test_each_thing_that_training_has_not_is_a_sentence(change, sentence):
         {"pipeline_schedule": "zbv", "stages_per_rank": 2, "reshard_after_forward": False},
         {"precision": "fp8_rowwise"}, {"remat": "selective"},
         {"remat": "budget", "remat_budget_frac": 0.5, "compile": True},
+        {"engine": "deepspeed", "zero_stage": 1}, {"engine": "deepspeed", "zero_stage": 2, "offload": "optimizer"},
+        {"engine": "deepspeed", "offload": "parameters"}, {"model_code": "transformers", "dp_replicate": 2},
     ],
 )  # fmt: skip
-def test_every_axis_schedule_and_remat_of_fsdp2_trains(change):
+def test_every_axis_schedule_remat_zero_stage_and_offload_trains(change):
     layout = make_plan(load_recipe(DEMO), cpu(), cpu_ranks=2).layout
     assert why_not_trainable(layout.model_copy(update=change)) is None
 
@@ -238,6 +253,18 @@ def test_70b_on_four_devices_names_the_fewest_nodes_that_hold_it():
         (["layout.engine=fsdp2", "layout.offload=optimizer"], "layout.offload optimizer is deepspeed's"),
         (["layout.engine=deepspeed", "layout.tp=2"], "layout.tp above 1 with deepspeed"),
         (["layout.zero_stage=1", "optim.name=muon"], "optim.name muon with deepspeed"),
+        (["layout.offload=parameters", "layout.zero_stage=2"], "layout.offload parameters with zero_stage 2"),
+        (["layout.offload=parameters", "layout.engine=fsdp2"], "layout.offload parameters is deepspeed's"),
+        (["layout.zero_stage=2", "train.precision=fp8"], "train.precision fp8 with deepspeed"),
+        (["layout.deepspeed={zero_optimization: {stage: 2}}"], "options of deepspeed, and layout.engine auto takes fs"),
+        (
+            ["layout.deepspeed={zero_optimization: {stage: 2}}", "layout.zero_stage=1"],
+            "zero_optimization.stage: the plan has 1, layout.deepspeed has 2; --set layout.zero_stage=2, or take the",
+        ),
+        (["layout.model_code=transformers", "layout.tp=2"], "layout.tp above 1 with layout.model_code transformers"),
+        (["lora={rank: 4, alpha: 8}"], "lora without model.init_from"),
+        (["lora={rank: 4, alpha: 8}", "model.init_from=x", "layout.cp=2"], "layout.cp above 1 with lora"),
+        (["lora={rank: 4, alpha: 8}", "model.init_from=x", "optim.name=muon"], "optim.name muon with lora"),
         (["layout.pipeline_schedule=interleaved-2", "layout.pp=1"], "with pp 1: there is no pipeline"),
         (
             ["layout.pipeline_schedule=dualpipev", "layout.remat=full", "train.compile=auto"],
