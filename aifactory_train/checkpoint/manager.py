@@ -56,7 +56,8 @@ def read_commit(folder: Path, step: int) -> Commit:
 
 def check_model(commit: Commit, model: dict[str, Any], folder: Path) -> None:
     """Refuse a checkpoint of another model; names every field that differs."""
-    ignored = ("init_std", "init_from")
+    # With adapters the weights below them are not in the checkpoint, so they must be those it was trained on.
+    ignored = ("init_std",) if model.get("lora") else ("init_std", "init_from")
     names = [k for k in sorted({*commit.model, *model}) if k not in ignored and commit.model.get(k) != model.get(k)]
     if names:
         shown = "; ".join(f"{k}: checkpoint {commit.model.get(k)!r}, recipe {model.get(k)!r}" for k in names)

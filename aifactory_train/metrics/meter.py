@@ -53,7 +53,8 @@ class Meter:
         worst = torch.stack([torch.full((), x, device=self.device, dtype=torch.float64) for x in numbers])
         dist.all_reduce(self._loss_sum)  # all axes: every rank logs at the same steps
         dist.all_reduce(worst, dist.ReduceOp.MAX)
-        packed = torch.stack((self._loss_sum / self._n_valid_tokens, grad_norm.double(), *worst))
+        # Where no token of the window counted, as chats may have it, the loss is 0.
+        packed = torch.stack((self._loss_sum / self._n_valid_tokens.clamp(min=1), grad_norm.double(), *worst))
         loss, norm, wait_s, memory = packed.tolist()
         elapsed_s = time.perf_counter() - self._t0_s
         step_time_s = (elapsed_s - self._stall_s) / self._n_steps

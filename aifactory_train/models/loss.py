@@ -74,17 +74,19 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         ctx: Any, hidden_ND: torch.Tensor, weight_VD: torch.Tensor, target_N: torch.Tensor, chunk_loss: nn.Module
     ) -> torch.Tensor:
         wants_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        trains_head = ctx.needs_input_grad[1]  # not below adapters
         loss = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
         grad_hidden_ND = torch.empty_like(hidden_ND) if wants_grad else None
         # bf16 would lose the small terms of later chunks, so chunks are summed in float32.
-        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if wants_grad else None
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if trains_head else None
         for start in range(0, hidden_ND.shape[0], LOSS_CHUNK_TOKENS):
             rows = slice(start, start + LOSS_CHUNK_TOKENS)
             logits_CV = hidden_ND[rows] @ weight_VD.T
             part, grad_CV = chunk_loss(logits_CV, target_N[rows])
             loss += part
-            if grad_hidden_ND is not None and grad_weight_VD is not None:
+            if grad_hidden_ND is not None:
                 torch.mm(grad_CV, weight_VD, out=grad_hidden_ND[rows])
+            if grad_weight_VD is not None:
                 grad_weight_VD += grad_CV.T @ hidden_ND[rows]
         ctx.save_for_backward(grad_hidden_ND, grad_weight_VD)
         ctx.weight_dtype = weight_VD.dtype
@@ -96,7 +98,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_hidden_ND, grad_weight_VD = ctx.saved_tensors
         # A scale rounded to bf16 would give the blocks other gradients than the head, by up to 0.4 %.
         grad_hidden_ND = (grad_hidden_ND.float() * scale).to(grad_hidden_ND.dtype)
-        return grad_hidden_ND, (grad_weight_VD * scale).to(ctx.weight_dtype), None, None
+        if grad_weight_VD is not None:
+            grad_weight_VD = (grad_weight_VD * scale).to(ctx.weight_dtype)
+        return grad_hidden_ND, grad_weight_VD, None, None
 
 
 def cross_entropy_sum(

@@ -43,8 +43,8 @@ class ModelParts:
     tp_plan: dict[str, str]
 
     def block_matrices(self) -> list[nn.Parameter]:
-        """The weight matrices inside the blocks: what Muon works on."""
-        return [p for block in self.blocks for p in block.parameters() if p.ndim == 2]
+        """The weight matrices inside the blocks that train: what Muon works on."""
+        return [p for block in self.blocks for p in block.parameters() if p.ndim == 2 and p.requires_grad]
 
 
 def local_part(sharded: Tensor, full: Tensor) -> Tensor:

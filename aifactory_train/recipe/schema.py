@@ -298,6 +298,11 @@ class Recipe(Strict):
     def global_batch_rows(self) -> int:
         return self.train.global_batch_tokens // self.data.seq_len_tokens
 
+    def checkpoint_model(self) -> dict[str, Any]:
+        """What a checkpoint is of: the model, and with adapters these."""
+        model = self.model.model_dump(mode="json")
+        return model if self.lora is None else model | {"lora": self.lora.model_dump(mode="json")}
+
     @property
     def n_steps(self) -> int:
         """Optimizer steps to the token budget; the last one may pass it by less than a batch."""

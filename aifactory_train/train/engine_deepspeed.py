@@ -6,6 +6,8 @@ optimizer is torch's own AdamW on the float32 stretches that ZeRO leaves to this
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import warnings
 from collections.abc import Iterator
@@ -92,7 +94,9 @@ class DeepSpeedEngine:
         _materialise(parts, config, device, DTYPES[plan.layout.precision])
         names = {p: name for name, p in parts.root.named_parameters()}
         (self.adamw,) = build_optimizers([parts], plan.recipe.optim, DTYPES[plan.layout.precision])
-        self.engine, self.zero, _, _ = deepspeed.initialize(model=parts.root, optimizer=self.adamw, config=config)
+        # BF16_Optimizer of 0.19.8 prints what memory it takes, with no switch (runtime/bf16_optimizer.py, force=True).
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.engine, self.zero, _, _ = deepspeed.initialize(model=parts.root, optimizer=self.adamw, config=config)
         self.places = {names[p]: place for p, place in _places(self.zero, self.stage)}
         self._build_state()
 
@@ -126,7 +130,8 @@ class DeepSpeedEngine:
         n_valid_tokens = torch.full((), float(batch.n_valid_tokens), device=self.device)  # no copy, so no sync
         dist.all_reduce(n_valid_tokens)  # axis dp_shard, which is all ranks: each has a batch at every step
         # DeepSpeed averages over the ranks; times their number makes it the sum that the count divides.
-        scale = self.plan.layout.dp / n_valid_tokens
+        # Where no token of the whole batch counts, as chats may have it, the sums are 0 and any scale will do.
+        scale = self.plan.layout.dp / n_valid_tokens.clamp(min=1)
         loss_sum = torch.zeros((), device=self.device)
         n_rows, rows = batch.input_BT.shape[0], self.plan.layout.micro_batch_rows
         for start in range(0, n_rows, rows):
@@ -152,6 +157,21 @@ class DeepSpeedEngine:
     def weights(self) -> dict[str, FlatSlice]:
         """The float32 weights of this rank, to be filled in place; adapters leave others frozen, in their own dtype."""
         return {name: place.of(place.flat) for name, place in self.places.items()}
+
+    def frozen(self) -> dict[str, Tensor]:
+        """This rank's part of the weights below adapters, in the dtype that computes, to be filled in place."""
+        found: dict[str, Tensor] = {}
+        for name, p in self.root.named_parameters():
+            if p.requires_grad:
+                continue
+            if self.stage < 3:
+                found[name] = p.detach()
+                continue
+            part = p.ds_tensor
+            start = dist.get_rank() * part.ds_numel
+            n = max(0, min(part.ds_numel, p.ds_numel - start))
+            found[name] = FlatSlice(part.detach().narrow(0, 0, n), start, p.ds_shape)
+        return found
 
     @torch.no_grad()
     def publish(self) -> None:
@@ -199,18 +219,21 @@ def _tensors(batch: Batch, rows: slice, device: torch.device) -> list[Tensor | N
 
 
 def _apply(parts: ModelParts, plan: Plan) -> None:
-    """Remat and compile, below DeepSpeed's hooks. With stage 3 a block is gathered and given back as a whole.
+    """Remat and compile, below DeepSpeed's hooks, which are around `forward`.
 
-    Hooks on its linears would run in the middle of a compiled or recomputed block.
+    With stage 3 a block is gathered and given back as a whole: hooks on its linears would run in the middle of a
+    compiled or recomputed block.
     """
     apply_remat(parts, plan.layout)
-    for block in parts.blocks:
-        if plan.layout.compile:
-            block.forward = torch.compile(block.forward, dynamic=False)  # type: ignore[method-assign]
-        if plan.layout.zero_stage == 3:
-            set_z3_leaf_module(block, True)
     if plan.layout.compile:
-        parts.root.get_submodule("chunk_loss").compile(dynamic=False)
+        for module in (*parts.blocks, parts.root.get_submodule("chunk_loss")):
+            module.forward = torch.compile(module.forward, dynamic=False)  # type: ignore[method-assign]
+    if plan.layout.zero_stage == 3:
+        for block in parts.blocks:
+            set_z3_leaf_module(block, True)
+        if parts.embed is not None and not any(p.requires_grad for p in parts.embed.parameters()):
+            # The gradients of a block are taken when the gradient of its input is there, so there has to be one.
+            parts.embed.register_forward_hook(lambda module, args, output: output.requires_grad_())
 
 
 def _materialise(parts: ModelParts, config: Options, device: torch.device, dtype: torch.dtype) -> None:

@@ -34,7 +34,9 @@ class TorchEngine:
         self.pipeline = _pipeline(plan, stages, mesh, device) if plan.layout.pp > 1 else None
         rank, n_tokens = mesh.rows.get_local_rank("cp"), plan.recipe.data.seq_len_tokens
         self.tokens_T = local_tokens(plan.layout, n_tokens, rank).to(device) if plan.layout.cp > 1 else None
-        self.named_parameters = {n: p for stage in stages for n, p in stage.root.named_parameters()}
+        # Weights below adapters do not train: they are in no norm, no optimizer and no checkpoint.
+        named = [named for stage in stages for named in stage.root.named_parameters()]
+        self.named_parameters = {name: p for name, p in named if p.requires_grad}
         # What makes the gradient norm, and on how many ranks of tp the same weight is.
         self.counted = self.pipeline.counted if self.pipeline else list(self.named_parameters.values())
         copies = [float(plan.layout.tp) if is_on_each_rank(p, "tp") else 1.0 for p in self.counted]
@@ -68,7 +70,8 @@ class TorchEngine:
         # Axis dp: every rank has a batch at every step. Ranks that differ in pp, cp or tp alone have the same rows.
         dist.all_reduce(n_valid_tokens, group=self.mesh.rows.get_group("dp"))
         # FSDP averages over its ranks; times their number makes it the sum that the count divides.
-        scale = layout.dp_replicate * layout.shard_degree / n_valid_tokens
+        # Where no token of the whole batch counts, as chats may have it, the sums are 0 and any scale will do.
+        scale = layout.dp_replicate * layout.shard_degree / n_valid_tokens.clamp(min=1)
         if self.pipeline is not None:
             loss_sum = self.pipeline.forward_backward(self._tensors(batch, slice(None)), scale)
         else:
@@ -152,6 +155,8 @@ class TorchEngine:
         of = self._optimizer_state()
         # Not by name alone: first and last stage may both be here, each with a tied table of one name.
         for name, parameter in (named for stage in self.stages for named in stage.root.named_parameters()):
+            if not parameter.requires_grad:
+                continue
             parameter.copy_(state["model"][name])
             for key, moment in of[parameter].items():
                 moment.copy_(state["optim"][name][key])

@@ -20,7 +20,7 @@ def train(run: Run) -> None:
     Raises:
         Interrupted: after everything up to the last step has been saved.
     """
-    recipe, model = run.plan.recipe, run.plan.recipe.model.model_dump(mode="json")
+    recipe, model = run.plan.recipe, run.plan.recipe.checkpoint_model()
     n_steps, log_every, save_every = recipe.n_steps, recipe.metrics.log_every_steps, recipe.checkpoint.every_steps
     t0_s = time.monotonic()
     wait_s = run.loader.wait_s

@@ -34,17 +34,18 @@ def lr_factor(schedule: Schedule, tokens: int, budget_tokens: int) -> float:
 
 
 def build_optimizers(stages: list[ModelParts], optim: Optim, precision: torch.dtype) -> list[Optimizer]:
-    """AdamW over all parameters of this rank's stages, or Muon over the block matrices and AdamW over the rest.
+    """AdamW over what trains of this rank's stages, or Muon over the block matrices and AdamW over the rest.
 
     Each group carries `peak_lr`, from which `set_lr` makes `lr` at every step. Vectors are not decayed.
     """
     matrices = [p for parts in stages for p in parts.block_matrices()] if optim.name == "muon" else []
     taken = {id(p) for p in matrices}
-    rest = [p for parts in stages for p in parts.root.parameters() if id(p) not in taken]
+    rest = [p for parts in stages for p in parts.root.parameters() if p.requires_grad and id(p) not in taken]
     groups: list[dict[str, Any]] = [
         {"params": [p for p in rest if n_dims(p) >= 2], "weight_decay": optim.weight_decay, "peak_lr": optim.lr},
         {"params": [p for p in rest if n_dims(p) < 2], "weight_decay": 0.0, "peak_lr": optim.lr},
     ]
+    groups = [group for group in groups if group["params"]]  # all adapters are matrices
     adamw = AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True)
     if not matrices:
         return [adamw]

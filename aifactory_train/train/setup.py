@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from aifactory_train.checkpoint.dcp import rng_state, set_rng_state, stored_tensors
-from aifactory_train.checkpoint.export import load_huggingface
+from aifactory_train.checkpoint.huggingface import load_weights
 from aifactory_train.checkpoint.manager import CheckpointManager, Commit
 from aifactory_train.data.loader import Loader
 from aifactory_train.data.shards import Prepared, check_fits_model, load_prepared
@@ -30,6 +30,8 @@ from aifactory_train.faults.stopflag import StopFlag
 from aifactory_train.metrics.meter import Meter
 from aifactory_train.metrics.sinks import Sinks
 from aifactory_train.models.build import build_model, init_weights
+from aifactory_train.models.lora import apply_lora, init_adapters, split_weights
+from aifactory_train.models.parts import ModelParts
 from aifactory_train.parallel.apply import apply_parallelism, refuse_old_torch
 from aifactory_train.parallel.mesh import build_mesh
 from aifactory_train.parallel.precision import refuse_fp8
@@ -231,7 +233,8 @@ def build_engine(plan: Plan, device: torch.device, fresh: bool) -> Engine:
     """Meta device, axes, memory, weights: in this order, so that no rank ever holds a whole model.
 
     Args:
-        fresh: fill the weights (random or `model.init_from`); otherwise a checkpoint will.
+        fresh: fill the weights (random or `model.init_from`); otherwise a checkpoint will. The weights below adapters
+            are in no checkpoint and are always filled.
     """
     return (_build_deepspeed if plan.layout.engine == "deepspeed" else _build_torch)(plan, device, fresh)
 
@@ -242,11 +245,11 @@ def _build_torch(plan: Plan, device: torch.device, fresh: bool) -> TorchEngine:
     layers = layers_by_stage(recipe.model, layout.pp * layout.stages_per_rank)
     with torch.device("meta"):
         numbers = stages_of_rank(layout, mesh.rows.get_local_rank("pp"))
-        stages = [build_model(recipe.model, layout.model_code, layers[s]) for s in numbers]
+        stages = [_build_parts(plan, layers[s]) for s in numbers]
     for parts in stages:
         apply_parallelism(parts, mesh, layout, recipe.data.seq_len_tokens)
         parts.root.to_empty(device=device)
-        if fresh:
+        if fresh or recipe.lora is not None:
             _fill(parts.root, dict(parts.root.named_parameters()), recipe)
     return TorchEngine(plan, stages, mesh, device)
 
@@ -257,10 +260,10 @@ def _build_deepspeed(plan: Plan, device: torch.device, fresh: bool) -> Engine:
     from aifactory_train.train.engine_deepspeed import DeepSpeedEngine
 
     with torch.device("meta"):
-        parts = build_model(plan.recipe.model, plan.layout.model_code)
+        parts = _build_parts(plan)
     engine = DeepSpeedEngine(plan, parts, device)
-    if fresh:
-        _fill(parts.root, engine.weights(), plan.recipe)
+    if fresh or plan.recipe.lora is not None:
+        _fill(parts.root, {**engine.weights(), **engine.frozen()}, plan.recipe)
         engine.publish()
     return engine
 
@@ -282,12 +285,21 @@ def _refuse_old_deepspeed() -> None:
         raise error
 
 
+def _build_parts(plan: Plan, layers: range | None = None) -> ModelParts:
+    parts = build_model(plan.recipe.model, plan.layout.model_code, layers)
+    if plan.recipe.lora is not None:
+        apply_lora(parts, plan.recipe.lora)
+    return parts
+
+
 def _fill(root: nn.Module, weights: Mapping[str, Tensor], recipe: Recipe) -> None:
-    """First weights: from a folder, or random."""
+    """First weights: from a folder, or random. Adapters begin as nothing."""
+    base, adapters = split_weights(weights)
     if recipe.model.init_from:
-        load_huggingface(root, Path(recipe.model.init_from))
+        load_weights(base, recipe.model, Path(recipe.model.init_from))
     else:
-        init_weights(root, weights, recipe.model, recipe.train.seed)
+        init_weights(root, base, recipe.model, recipe.train.seed)
+    init_adapters(adapters, recipe.train.seed)
 
 
 def build_loader(plan: Plan, ranks: Ranks, prepared: Prepared, pin_memory: bool) -> Loader:
@@ -299,7 +311,7 @@ def build_loader(plan: Plan, ranks: Ranks, prepared: Prepared, pin_memory: bool)
 
 def resume(plan: Plan, ranks: Ranks, engine: Engine, checkpoints: CheckpointManager, commit: Commit) -> None:
     """Load a commit, written by any number of ranks. A rank that was not there keeps its seeded random state."""
-    checkpoints.check(commit, plan.recipe.model.model_dump(mode="json"))
+    checkpoints.check(commit, plan.recipe.checkpoint_model())
     stored = stored_tensors(step_folder(checkpoints.folder, commit.step))
     rng = {k: v for k, v in rng_state(ranks.rank).items() if f"rng.{k}" in stored}
     state = {**engine.state_dict(), "rng": rng}
