@@ -9,7 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from aifactory_train.checkpoint.adapters import ADAPTER, open_merged, read_adapters, save_adapters
 from aifactory_train.checkpoint.dcp import State, read_tensors, stored_tensors
 from aifactory_train.checkpoint.huggingface import load_weights
 from aifactory_train.checkpoint.manager import check_model, read_commit, verify_files
@@ -25,6 +27,8 @@ from aifactory_train.rundir import RunDir, committed_steps, step_folder, write_a
 # A file of this size is what the process holds at once; the hub's own convention is 5 GB.
 EXPORT_FILE_BYTES = 5_000_000_000
 STEP_FILE = "aifactory_step.json"
+
+_Read = Callable[[list[str]], dict[str, Tensor]]
 
 
 def export_run(run: RunDir, plan: Plan) -> str:
@@ -47,13 +51,14 @@ def export_run(run: RunDir, plan: Plan) -> str:
     stamp = json.dumps({"step": commit.step, "dtype": str(dtype)})
     if (run.export / STEP_FILE).exists() and (run.export / STEP_FILE).read_text() == stamp:
         return f"step {commit.step} is exported already: {run.export}"
-    check_model(commit, model.model_dump(mode="json"), run.checkpoints)
+    check_model(commit, plan.recipe.checkpoint_model(), run.checkpoints)
     verify_files(run.checkpoints, commit)
     tmp = run.export.with_name(run.export.name + ".tmp")
     shutil.rmtree(tmp, ignore_errors=True)
     with storage_errors("exporting", run.export, "free some space and export again; the checkpoint is untouched"):
         tmp.mkdir(parents=True)
-        _write_weights(model, step_folder(run.checkpoints, commit.step), tmp, dtype)
+        shapes, read = _open_weights(plan, step_folder(run.checkpoints, commit.step), tmp)
+        _write_weights(model, shapes, read, tmp, dtype)
         _write_config(model, run.tokenizer, tmp, dtype)
         write_atomic(tmp / STEP_FILE, stamp)
         shutil.rmtree(run.export, ignore_errors=True)
@@ -61,18 +66,33 @@ def export_run(run: RunDir, plan: Plan) -> str:
     return f"exported step {commit.step} of {plan.recipe.n_steps}: {run.export}"
 
 
-def _write_weights(model: Model, checkpoint: Path, target: Path, dtype: torch.dtype) -> None:
+def _open_weights(plan: Plan, checkpoint: Path, target: Path) -> tuple[dict[str, torch.Size], _Read]:
+    """Shape of each weight by name, and what reads some of them whole. Adapters are merged, and also saved as such."""
+    recipe = plan.recipe
+    if recipe.lora is not None:
+        adapters = read_adapters(checkpoint)
+        save_adapters(recipe.lora, adapters, str(recipe.model.init_from), target / ADAPTER)
+        return open_merged(recipe.model, plan.layout.model_code, recipe.lora, adapters)
+    stored = {k.removeprefix("model."): v for k, v in stored_tensors(checkpoint).items() if k.startswith("model.")}
+
+    def read(names: list[str]) -> dict[str, Tensor]:
+        part = {name: torch.empty(stored[name].size, dtype=stored[name].properties.dtype) for name in names}
+        read_tensors({"model": part}, checkpoint)
+        return part
+
+    return {name: meta.size for name, meta in stored.items()}, read
+
+
+def _write_weights(model: Model, shapes: dict[str, torch.Size], read: _Read, target: Path, dtype: torch.dtype) -> None:
     from safetensors.torch import save_file
 
     of_hub, buffers = _hub_format(model)
-    names = {k.removeprefix("model."): v for k, v in stored_tensors(checkpoint).items() if k.startswith("model.")}
-    groups = _file_groups({name: meta.size.numel() * dtype.itemsize for name, meta in names.items()})
+    groups = _file_groups({name: shape.numel() * dtype.itemsize for name, shape in shapes.items()})
     weight_map: dict[str, str] = {}
     n_bytes = 0
     for i, group in enumerate(groups):
         file = "model.safetensors" if len(groups) == 1 else f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors"
-        part = {n: torch.empty(names[n].size, dtype=names[n].properties.dtype) for n in group}
-        read_tensors({"model": part}, checkpoint)
+        part = read(group)
         written = of_hub({n: part.pop(n).to(dtype) for n in group})
         written |= buffers if i == 0 else {}
         save_file({n: t.contiguous() for n, t in written.items()}, target / file, metadata={"format": "pt"})

@@ -57,7 +57,9 @@ def _peft() -> Any:
 def _config(lora: Lora, targets: list[str], base: str | None = None) -> Any:
     return _peft().LoraConfig(
         r=lora.rank,
-        lora_alpha=lora.alpha,
+        lora_alpha=int(lora.alpha)
+        if lora.alpha.is_integer()
+        else lora.alpha,  # whole where it can be, as others read it
         target_modules=targets,
         task_type="CAUSAL_LM",
         base_model_name_or_path=base,
