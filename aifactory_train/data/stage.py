@@ -5,6 +5,7 @@ TO/
   staged.json      size and sha256 of every file
   data/NAME/       the files of each source; a hub dataset as parquet
   tokenizer/       model/      the Hugging Face folders that the recipe names
+  architecture/    config.json of `model.hf`, and its Python files where the recipe trusts them
   prepared/        where `aifactory-train prepare TO/recipe.yaml` writes
 """
 
@@ -34,8 +35,10 @@ MANIFEST = "staged.json"
 ROWS_PER_FILE = 200_000  # a few hundred MB of web text a file
 TOKENIZER_FILES = ["tokenizer*", "chat_template*", "special_tokens_map.json", "*.model", "vocab*", "merges.txt"]
 WEIGHT_FILES = ["config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json"]
+# Taken where there are no safetensors.
+PICKLED_FILES = [*WEIGHT_FILES[:2], "pytorch_model*.bin", "pytorch_model.bin.index.json"]
 # ranks check the sha256 of prepared shards themselves, and raw text is not read by a job.
-READ_BY_RANKS = ("tokenizer/", "model/")
+READ_BY_RANKS = ("tokenizer/", "architecture/", "model/")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -52,12 +55,15 @@ def stage(recipe_path: Path, to: Path) -> str:
         changed: dict[str, Any] = recipe.model_dump(mode="json")
         changed["data"]["sources"] = [_stage_source(source, to) for source in recipe.data.sources]
         changed["data"]["prepared_dir"] = str(to / "prepared")
+        code = ["*.py"] if recipe.model.trust_remote_code else []
         for section, key, name, patterns in (
             (changed["data"]["tokenizer"], "path", "tokenizer", TOKENIZER_FILES),
-            (changed["model"], "init_from", "model", WEIGHT_FILES),
+            (changed["model"], "hf", "architecture", ["config.json", *code]),
         ):
             if section[key] is not None:
                 section[key] = str(_stage_folder(section[key], to / name, patterns, f"{name}: {key}"))
+        if recipe.model.init_from is not None:
+            changed["model"]["init_from"] = str(_stage_weights(recipe.model.init_from, to / "model"))
         Recipe.model_validate(changed)
         write_atomic(to / "recipe.yaml", yaml.safe_dump(changed, sort_keys=False))
         files = _checksums(to)
@@ -154,6 +160,17 @@ def _write_parquet(source: Source, folder: Path, cache: Path) -> None:
     shutil.rmtree(cache, ignore_errors=True)
 
 
+def _stage_weights(name: str, folder: Path) -> Path:
+    local, key = Path(name).expanduser(), "model: init_from"
+    if not local.is_dir():
+        _stage_folder(name, folder, WEIGHT_FILES, key)
+        if any(folder.glob("*.safetensors")):
+            return folder
+    elif any(local.glob("*.safetensors")):
+        return _stage_folder(name, folder, WEIGHT_FILES, key)
+    return _stage_folder(name, folder, PICKLED_FILES, key)
+
+
 def _stage_folder(name: str, folder: Path, patterns: list[str], key: str) -> Path:
     """A local Hugging Face folder is copied; what looks like a hub id is fetched."""
     local = Path(name).expanduser()
@@ -218,5 +235,7 @@ def _copy(files: dict[Path, Path], what: str) -> None:
 
 def _checksums(to: Path) -> dict[str, list[Any]]:
     """[bytes, sha256] of every staged file by its path below `to`, without what prepare makes."""
-    names = sorted(p for top in ("data", "tokenizer", "model") for p in (to / top).rglob("*") if p.is_file())
+    names = sorted(
+        p for top in ("data", "tokenizer", "architecture", "model") for p in (to / top).rglob("*") if p.is_file()
+    )
     return {p.relative_to(to).as_posix(): [p.stat().st_size, file_sha256(p)] for p in names}
