@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -65,6 +66,23 @@ def _replaced(target: Any, name: str, fault: Callable[..., Any]) -> Callable[[],
     return lambda: patch.object(target, name, partial(fault, getattr(target, name)))
 
 
+def _own_rows_in_deepspeed() -> AbstractContextManager[Any]:
+    from aifactory_train.train import engine_deepspeed
+
+    alone = SimpleNamespace(all_reduce=lambda count: None, get_rank=dist.get_rank)
+    return patch.object(engine_deepspeed, "dist", alone)
+
+
+def _micro_batches_averaged() -> AbstractContextManager[Any]:
+    """DeepSpeed divides each loss by the number of micro-batches unless told not to."""
+    import deepspeed
+
+    backward = deepspeed.DeepSpeedEngine.backward
+    return patch.object(
+        deepspeed.DeepSpeedEngine, "backward", lambda engine, loss, scale_wrt_gas: backward(engine, loss)
+    )
+
+
 FAULTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "tokens_of_own_rows_counted": _replaced(engine_torch.dist, "all_reduce", _not_for_scalars),
     "shards_not_summed": lambda: patch.object(dist, "reduce_scatter_single", _own_shard),
@@ -77,5 +95,7 @@ FAULTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "words_of_own_rank_summed": lambda: patch("aifactory_train.models.loss.all_reduce", lambda x, op, group: x),
     "norm_of_own_stage": _replaced(engine_torch.dist, "all_reduce", _not_for_scalars),
     "half_of_the_loss": lambda: patch.object(pipeline, "_scaled_loss", _halved),
+    "own_rows_in_deepspeed": _own_rows_in_deepspeed,
+    "micro_batches_averaged": _micro_batches_averaged,
     "tables_not_summed": lambda: patch.object(pipeline.Pipeline, "_sum_table_gradients", lambda self: None),
 }
