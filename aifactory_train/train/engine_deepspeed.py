@@ -6,11 +6,11 @@ optimizer is torch's own AdamW on the float32 stretches that ZeRO leaves to this
 
 from __future__ import annotations
 
-import contextlib
 import io
 import logging
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from aifactory_train.data.loader import Batch
+from aifactory_train.errors import PlanError
 from aifactory_train.models.flat import FlatSlice
 from aifactory_train.models.parts import DTYPES, ModelParts
 from aifactory_train.parallel.remat import apply_remat
@@ -91,11 +92,11 @@ class DeepSpeedEngine:
         set_accelerator(_Cpu() if device.type == "cpu" else _Cuda())
         deepspeed.init_distributed()  # joins the process group that is there
         _apply(parts, plan)
-        _materialise(parts, config, device, DTYPES[plan.layout.precision])
-        names = {p: name for name, p in parts.root.named_parameters()}
-        (self.adamw,) = build_optimizers([parts], plan.recipe.optim, DTYPES[plan.layout.precision])
         # BF16_Optimizer of 0.19.8 prints what memory it takes, with no switch (runtime/bf16_optimizer.py, force=True).
-        with contextlib.redirect_stdout(io.StringIO()):
+        with redirect_stdout(io.StringIO()), _refused_options(plan):
+            _materialise(parts, config, device, DTYPES[plan.layout.precision])
+            names = {p: name for name, p in parts.root.named_parameters()}
+            (self.adamw,) = build_optimizers([parts], plan.recipe.optim, DTYPES[plan.layout.precision])
             self.engine, self.zero, _, _ = deepspeed.initialize(model=parts.root, optimizer=self.adamw, config=config)
         self.places = {names[p]: place for p, place in _places(self.zero, self.stage)}
         self._build_state()
@@ -210,6 +211,23 @@ class DeepSpeedEngine:
 
     def close(self) -> None:
         self.engine.destroy()
+
+
+@contextmanager
+def _refused_options(plan: Plan) -> Iterator[None]:
+    """Where the user gave options, what DeepSpeed says against them is a PlanError."""
+    try:
+        yield
+    except (ValueError, AssertionError) as error:
+        if not plan.recipe.layout.deepspeed:
+            raise
+        refused = PlanError(
+            f"DeepSpeed {deepspeed.__version__} refuses these options: {error}",
+            where="recipe: layout.deepspeed",
+            do="correct the key or take it out; www.deepspeed.ai/docs/config-json lists them",
+        )
+        refused.on_every_rank = True  # all ranks read the same plan
+        raise refused from None
 
 
 def _tensors(batch: Batch, rows: slice, device: torch.device) -> list[Tensor | None]:
