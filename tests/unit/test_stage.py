@@ -109,6 +109,31 @@ def test_a_moved_folder_is_refused_with_the_command_that_mends_it(recipe, tmp_pa
     assert str(load_recipe(moved / "recipe.yaml").data.prepared_dir) == str(moved / "prepared")
 
 
+def test_the_architecture_is_staged_beside_pickled_weights_and_python_files_where_they_are_trusted(recipe, tmp_path):
+    sizes = {"vocab_size": 8192, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 1024}
+    files = {
+        "config.json": json.dumps({"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine"}, **sizes}),
+        "mine.py": "", "pytorch_model.bin": "weights", "optimizer.bin": "",
+    }  # fmt: skip
+    folder = tmp_path / "foreign"
+    folder.mkdir()
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    plain = yaml.safe_load(recipe.read_text())
+    plain["model"] = {"hf": str(folder), "init_from": str(folder), "trust_remote_code": True}
+    recipe.write_text(yaml.safe_dump(plain))
+    to = tmp_path / "to"
+    for _ in range(2):
+        stage(recipe, to)
+    staged = load_recipe(to / "recipe.yaml").model
+    assert (staged.hf, staged.init_from) == (str(to / "architecture"), str(to / "model"))
+    there = {p.relative_to(to).as_posix() for top in ("architecture", "model") for p in (to / top).iterdir()}
+    assert there == {"architecture/config.json", "architecture/mine.py", "model/config.json", "model/pytorch_model.bin"}
+    (to / "architecture" / "mine.py").write_text("harm")
+    with pytest.raises(DataError, match=r"architecture/mine\.py"):
+        check_staged(to)
+
+
 def test_a_folder_that_was_never_staged_passes(tmp_path):
     check_staged(tmp_path)
 
