@@ -51,4 +51,6 @@ def train(run: Path) -> list[int]:
 
 
 if __name__ == "__main__":
+    if any(load_plan(RunDir(Path(run)).plan).layout.model_code == "transformers" for run in sys.argv[1:]):
+        import aifactory_train.models.hf  # noqa: F401  # once, and not in each fork
     print(json.dumps({run: train(Path(run)) for run in sys.argv[1:]}))

@@ -13,11 +13,9 @@ from torch import Tensor
 
 from aifactory_train.checkpoint.adapters import ADAPTER, open_merged, read_adapters, save_adapters
 from aifactory_train.checkpoint.dcp import State, read_tensors, stored_tensors
-from aifactory_train.checkpoint.huggingface import load_weights
 from aifactory_train.checkpoint.manager import check_model, read_commit, verify_files
 from aifactory_train.checkpoint.weightfiles import INDEX
 from aifactory_train.errors import CheckpointError, UserError, storage_errors
-from aifactory_train.models.decoder import Decoder
 from aifactory_train.models.parts import DTYPES
 from aifactory_train.plan.plan import Plan
 from aifactory_train.recipe.huggingface import huggingface_config
@@ -154,11 +152,6 @@ def _write_config(model: Model, tokenizer: Path, target: Path, dtype: torch.dtyp
         return
     special["pad_token_id"] = None
     AutoConfig.for_model(config.pop("model_type"), **config, **special, dtype=name).save_pretrained(target)
-
-
-def load_huggingface(decoder: Decoder, folder: Path) -> None:
-    """`load_weights` of all parameters of a decoder."""
-    load_weights(dict(decoder.named_parameters()), decoder.shape, folder)
 
 
 def sample(folder: Path, prompt: str, n_tokens: int, seed: int) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from aifactory_train.errors import PlanError
 from aifactory_train.models import decoder
@@ -34,15 +34,16 @@ def build_model(model: Model, model_code: str, layers: range | None = None) -> M
     return build_foreign(model)
 
 
-def init_weights(root: nn.Module, weights: Mapping[str, Tensor], model: Model, seed: int) -> None:
+def init_weights(weights: Mapping[str, Tensor], model: Model, seed: int) -> None:
     """Fill this rank's part of each weight with random numbers that depend on seed and name alone.
 
+    Families that our decoder has begin with the same numbers in either code.
+
     Args:
-        root: of `build_model`.
-        weights: by name in `root`; whole, sharded (DTensor) or stretches (FlatSlice).
+        weights: by name in the root of `build_model`; whole, sharded (DTensor) or stretches (FlatSlice).
     """
-    if isinstance(root, decoder.Decoder):
-        decoder.fill_weights(weights, model, seed)
+    if model.family != "other":
+        decoder.init_weights(weights, model, seed)
         return
     from aifactory_train.models.hf import fill_foreign
 

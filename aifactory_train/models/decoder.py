@@ -186,13 +186,8 @@ class Decoder(nn.Module):
         return angle_BTP.cos(), angle_BTP.sin()
 
 
-def init_weights(decoder: Decoder, seed: int) -> None:
-    """`fill_weights` of all parameters of a decoder, sharded or not."""
-    fill_weights(dict(decoder.named_parameters()), decoder.shape, seed)
-
-
 @torch.no_grad()
-def fill_weights(weights: Mapping[str, Tensor], model: Model, seed: int) -> None:
+def init_weights(weights: Mapping[str, Tensor], model: Model, seed: int) -> None:
     """Fill every weight; each from its own generator, so the numbers do not depend on the number of ranks.
 
     Matrices are normal with std `init_std`; those that write into the residual stream (o_proj, down_proj) are

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from aifactory_train.checkpoint.dcp import rng_state, set_rng_state, stored_tensors
 from aifactory_train.checkpoint.huggingface import load_weights
@@ -250,7 +250,7 @@ def _build_torch(plan: Plan, device: torch.device, fresh: bool) -> TorchEngine:
         apply_parallelism(parts, mesh, layout, recipe.data.seq_len_tokens)
         parts.root.to_empty(device=device)
         if fresh or recipe.lora is not None:
-            _fill(parts.root, dict(parts.root.named_parameters()), recipe)
+            _fill(dict(parts.root.named_parameters()), recipe)
     return TorchEngine(plan, stages, mesh, device)
 
 
@@ -263,7 +263,7 @@ def _build_deepspeed(plan: Plan, device: torch.device, fresh: bool) -> Engine:
         parts = _build_parts(plan)
     engine = DeepSpeedEngine(plan, parts, device)
     if fresh or plan.recipe.lora is not None:
-        _fill(parts.root, {**engine.weights(), **engine.frozen()}, plan.recipe)
+        _fill({**engine.weights(), **engine.frozen()}, plan.recipe)
         engine.publish()
     return engine
 
@@ -292,13 +292,13 @@ def _build_parts(plan: Plan, layers: range | None = None) -> ModelParts:
     return parts
 
 
-def _fill(root: nn.Module, weights: Mapping[str, Tensor], recipe: Recipe) -> None:
+def _fill(weights: Mapping[str, Tensor], recipe: Recipe) -> None:
     """First weights: from a folder, or random. Adapters begin as nothing."""
     base, adapters = split_weights(weights)
     if recipe.model.init_from:
         load_weights(base, recipe.model, Path(recipe.model.init_from))
     else:
-        init_weights(root, base, recipe.model, recipe.train.seed)
+        init_weights(base, recipe.model, recipe.train.seed)
     init_adapters(adapters, recipe.train.seed)
 
 

@@ -8,6 +8,7 @@ import torch
 
 from aifactory_train.checkpoint import export
 from aifactory_train.checkpoint.dcp import read_tensors
+from aifactory_train.checkpoint.huggingface import load_weights
 from aifactory_train.checkpoint.manager import step_folder
 from aifactory_train.errors import CheckpointError
 from aifactory_train.models.decoder import Decoder
@@ -88,7 +89,7 @@ def test_an_export_in_several_files_reads_back(trained, tmp_path, monkeypatch):
     one, many = (AutoModelForCausalLM.from_pretrained(r.export).state_dict() for r in (run, copy))
     assert all(torch.equal(one[k], many[k]) for k in one)
     ours = Decoder(plan.recipe.model)
-    export.load_huggingface(ours, copy.export)
+    load_weights(dict(ours.named_parameters()), plan.recipe.model, copy.export)
     assert all(torch.equal(p, one[k]) for k, p in ours.named_parameters())
 
 
@@ -144,7 +145,7 @@ def test_weights_with_other_angles_or_with_biases_are_refused(words, trained, tm
     ):
         (folder / "config.json").write_text(text)
         with pytest.raises(CheckpointError, match=said) as caught:
-            export.load_huggingface(decoder, folder)
+            load_weights(dict(decoder.named_parameters()), decoder.shape, folder)
         assert caught.value.exit_code == 2 and "do: " in caught.value.render()
 
 

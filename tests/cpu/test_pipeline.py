@@ -20,12 +20,14 @@ from torch.distributed.pipelining._utils import InferenceMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from aifactory_train.checkpoint.dcp import read_tensors, write_tensors
-from aifactory_train.checkpoint.export import huggingface_config, load_huggingface
+from aifactory_train.checkpoint.huggingface import load_weights
 from aifactory_train.data.loader import Batch
 from aifactory_train.errors import CheckpointError
-from aifactory_train.models.decoder import Decoder, init_weights
+from aifactory_train.models.build import init_weights
+from aifactory_train.models.decoder import Decoder
 from aifactory_train.plan.plan import Plan
 from aifactory_train.plan.stages import layers_by_stage
+from aifactory_train.recipe.huggingface import own_config
 from aifactory_train.recipe.schema import Model
 from aifactory_train.train.engine_torch import TorchEngine
 from aifactory_train.train.setup import build_engine
@@ -202,9 +204,9 @@ def test_both_copies_of_a_tied_table_are_loaded_and_stay_equal(checked, schedule
 def weights(tmp_path) -> tuple[Decoder, Path]:
     """A whole model, and the same as a Hugging Face folder."""
     whole = Decoder(TIED)
-    init_weights(whole, 0)
+    init_weights(dict(whole.named_parameters()), whole.shape, 0)
     save_file(dict(whole.named_parameters()), tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text(json.dumps(huggingface_config(TIED)))
+    (tmp_path / "config.json").write_text(json.dumps(own_config(TIED)))
     return whole, tmp_path
 
 
@@ -214,7 +216,7 @@ def test_a_stage_takes_its_own_weights_from_a_whole_model(weights):
     seen = set()
     for layers in layers_by_stage(TIED, 3):
         stage = Decoder(TIED, layers)
-        load_huggingface(stage, folder)
+        load_weights(dict(stage.named_parameters()), TIED, folder)
         for name, parameter in stage.named_parameters():
             assert torch.equal(parameter, everything[name])
             seen.add(name)
@@ -226,4 +228,4 @@ def test_a_stage_refuses_weights_that_no_stage_has(weights):
     foreign = {"model.layers.3.self_attn.q_proj.bias": torch.zeros(4)}
     save_file({**dict(whole.named_parameters()), **foreign}, folder / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"1 tensors that the recipe's model has not, such as .*q_proj.bias"):
-        load_huggingface(Decoder(TIED, layers_by_stage(TIED, 2)[0]), folder)
+        load_weights(dict(Decoder(TIED, layers_by_stage(TIED, 2)[0]).named_parameters()), TIED, folder)

@@ -19,7 +19,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from aifactory_train.errors import PlanError
-from aifactory_train.models.decoder import Decoder, init_weights
+from aifactory_train.models.build import init_weights
+from aifactory_train.models.decoder import Decoder
 from aifactory_train.parallel.precision import _convert_linears, apply_precision, refuse_fp8
 from aifactory_train.parallel.remat import apply_remat
 from aifactory_train.parallel.tensor import apply_tensor_parallel
@@ -56,7 +57,7 @@ def trained(layout: Layout, around: torch.dtype = torch.bfloat16) -> dict[str, t
         apply_tensor_parallel(parts, init_device_mesh("cpu", (layout.tp,), mesh_dim_names=("tp",)))
     apply_remat(parts, layout)
     decoder.to_empty(device="cpu")
-    init_weights(decoder, 0)
+    init_weights(dict(decoder.named_parameters()), decoder.shape, 0)
     tokens = torch.randint(0, 256, (2, TOKENS + 1), generator=torch.Generator().manual_seed(0))
     document = (torch.arange(TOKENS) // 7).expand(2, -1).int()
     loss = decoder(tokens[:, :-1], tokens[:, 1:], document)

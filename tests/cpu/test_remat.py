@@ -20,7 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from aifactory_train.models.attention import Attention
-from aifactory_train.models.decoder import Block, Decoder, FeedForward, init_weights
+from aifactory_train.models.build import init_weights
+from aifactory_train.models.decoder import Block, Decoder, FeedForward
 from aifactory_train.models.parts import ModelParts
 from aifactory_train.parallel.remat import apply_remat
 from aifactory_train.plan import shape
@@ -107,7 +108,7 @@ def one_block(model: Model, attend, device: str) -> tuple[Block, torch.Tensor, t
 
 def gradients(remat: str, compiled: bool = False) -> list[torch.Tensor]:
     decoder = Decoder(SMALL)
-    init_weights(decoder, 0)
+    init_weights(dict(decoder.named_parameters()), decoder.shape, 0)
     apply_remat(decoder.parts(), a_layout(remat))
     if compiled:
         for block in decoder.parts().blocks:

@@ -6,12 +6,13 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from aifactory_train.checkpoint.export import huggingface_config
 from aifactory_train.errors import RecipeError
 from aifactory_train.models.attention import attend, build_mask
-from aifactory_train.models.decoder import Decoder, init_weights
+from aifactory_train.models.build import init_weights
+from aifactory_train.models.decoder import Decoder
 from aifactory_train.models.loss import IGNORE, ChunkLoss, cross_entropy_sum
 from aifactory_train.plan import shape
+from aifactory_train.recipe.huggingface import own_config
 from aifactory_train.recipe.schema import Model
 from aifactory_train.strictyaml import configs_dir, read_yaml
 from training_runs import MODEL
@@ -21,6 +22,7 @@ FAMILIES = {
     "llama": {},
     "llama-scaled-tied": {"rope_scaling": SCALING, "tied_embeddings": True},
     "mistral": {"family": "mistral", "head_size": 8},
+    "qwen2": {"family": "qwen2", "tied_embeddings": True},
     "qwen3": {"family": "qwen3", "head_size": 32, "tied_embeddings": True},
 }
 
@@ -32,7 +34,7 @@ def build(name: str) -> Model:
 def huggingface_twin(model: Model):
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = huggingface_config(model)
+    config = own_config(model)
     config = AutoConfig.for_model(config.pop("model_type"), **config, attn_implementation="eager")
     torch.manual_seed(1)
     twin = AutoModelForCausalLM.from_config(config).eval()
@@ -79,7 +81,7 @@ def test_gradients_of_the_loss_equal_those_of_transformers(name):
 
 def test_documents_of_a_row_do_not_see_each_other():
     ours = Decoder(build("qwen3"))
-    init_weights(ours, 0)
+    init_weights(dict(ours.named_parameters()), ours.shape, 0)
     a, b = torch.randint(0, 512, (1, 11)), torch.randint(0, 512, (1, 21))
     document = torch.tensor([[0] * 11 + [1] * 21], dtype=torch.int32)
     position = torch.cat((torch.arange(11), torch.arange(21)))[None]
@@ -142,7 +144,7 @@ def test_counted_parameters_equal_the_built_model(path):
 def test_counted_flops_equal_torchs_counter():
     model, rows, tokens = build("llama"), 2, 64
     decoder = Decoder(model)
-    init_weights(decoder, 0)
+    init_weights(dict(decoder.named_parameters()), decoder.shape, 0)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         decoder(torch.zeros(rows, tokens, dtype=torch.int64))
     # The counter sees both halves of the attention matrix, model_causal_v1 the causal half.
@@ -154,10 +156,10 @@ def test_counted_flops_equal_torchs_counter():
 def test_initial_weights_depend_on_seed_and_name_only():
     one, two, other = (Decoder(build("llama")) for _ in range(3))
     torch.manual_seed(5)
-    init_weights(one, 3)
+    init_weights(dict(one.named_parameters()), one.shape, 3)
     torch.manual_seed(6)
-    init_weights(two, 3)
-    init_weights(other, 4)
+    init_weights(dict(two.named_parameters()), two.shape, 3)
+    init_weights(dict(other.named_parameters()), other.shape, 4)
     for (name, a), b, c in zip(one.named_parameters(), two.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b), name
         assert a.ndim == 1 or not torch.equal(a, c), name
