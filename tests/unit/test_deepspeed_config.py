@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
 from aifactory_train.errors import PlanError
+from aifactory_train.launch.env import set_local_rank
 from aifactory_train.plan.deepspeed import NOT_THEIRS, RECIPE_KEY, conflicts, decided, ds_config
 from aifactory_train.plan.plan import Plan, make_plan
 from aifactory_train.recipe.load import load_recipe
@@ -139,3 +142,20 @@ def test_every_key_that_the_plan_decides_says_where_the_recipe_says_it() -> None
 def test_the_options_need_neither_deepspeed_nor_torch() -> None:
     code = "import sys, aifactory_train.plan.deepspeed; sys.exit(bool({'torch', 'deepspeed'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, "0"),
+        ({"SLURM_LOCALID": "3"}, "3"),
+        ({"OMPI_COMM_WORLD_LOCAL_RANK": "2", "SLURM_LOCALID": "0"}, "2"),
+        ({"LOCAL_RANK": "1", "SLURM_LOCALID": "3"}, "1"),
+    ],
+)
+def test_each_launcher_tells_deepspeed_the_local_rank(given: dict[str, str], expected: str) -> None:
+    with patch.dict(os.environ, given):
+        for name in {"LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID"} - set(given):
+            os.environ.pop(name, None)
+        set_local_rank()
+        assert os.environ["LOCAL_RANK"] == expected
