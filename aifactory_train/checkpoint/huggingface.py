@@ -90,7 +90,7 @@ def _read_converted(files: WeightFiles, source: _Source, name: str, weight: Tens
         return
     if n_stacked != {weight.shape[0]}:
         raise CheckpointError(
-            f"the weights have {sorted(n_stacked)} tensors for {name}, the recipe's model stacks {weight.shape[0]}",
+            f"the weights have {', '.join(map(str, sorted(n_stacked)))} tensors for {name}, the recipe's model stacks {weight.shape[0]}",
             where=str(files.folder),
             do=_DO,
         )
