@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import random
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from aifactory_train.data.shards import Shard
+from aifactory_train.data.tokenize import TokenizerInfo, Unit, load_encoder, tokenize_unit
 from aifactory_train.recipe.schema import Data
 
 UNIT_TEXT_BYTES = 60_000  # many small shards from a small corpus
@@ -22,6 +26,13 @@ def build_data(folder: Path, corpora: dict[str, Path], **keys: Any) -> Data:
         "workers": 2,
     }
     return Data.model_validate(base | keys)
+
+
+def tokenize_here(units: Sequence[Unit], info: TokenizerInfo, workers: int) -> Iterator[tuple[Unit, Shard]]:
+    """In place of worker processes: this one has `transformers` in memory already."""
+    encoder, count = load_encoder(info.file), multiprocessing.Value("q", 0)
+    for unit in units:
+        yield unit, tokenize_unit(unit, encoder, info, count)
 
 
 def write_corpus(path: Path, n_documents: int, seed: int) -> Path:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +15,10 @@ from pydantic import ValidationError
 from aifactory_train.data.loader import Loader
 from aifactory_train.data.packing import IGNORE
 from aifactory_train.data.prepare import prepare
-from aifactory_train.data.shards import Shard, entropy_nats, load_prepared
-from aifactory_train.data.tokenize import TokenizerInfo, Unit, load_encoder, tokenize_unit
+from aifactory_train.data.shards import entropy_nats, load_prepared
 from aifactory_train.errors import DataError
 from aifactory_train.recipe.schema import Data
-from prepared_data import build_data
+from prepared_data import build_data, tokenize_here
 
 # The same chats: one says what counts, of the other it is found by rendering.
 PLAIN = (
@@ -58,13 +55,6 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "text.txt").write_text(TEXT)
     prepare(build_data(folder / "p", {"text": folder / "text.txt"}, tokenizer={"train_vocab_size": 300}))
     return folder / "p" / "tokenizer"
-
-
-def tokenize_here(units: Any, info: TokenizerInfo, workers: int) -> Iterator[tuple[Unit, Shard]]:
-    """In this process, which has `transformers` in memory already."""
-    encoder, count = load_encoder(info.file), multiprocessing.Value("q", 0)
-    for unit in units:
-        yield unit, tokenize_unit(unit, encoder, info, count)
 
 
 @pytest.fixture(autouse=True)
