@@ -89,8 +89,9 @@ def _read_converted(files: WeightFiles, source: _Source, name: str, weight: Tens
             view.copy_(whole[box])
         return
     if n_stacked != {weight.shape[0]}:
+        found = ", ".join(map(str, sorted(n_stacked)))
         raise CheckpointError(
-            f"the weights have {', '.join(map(str, sorted(n_stacked)))} tensors for {name}, the recipe's model stacks {weight.shape[0]}",
+            f"the weights have {found} tensors for {name}, the recipe's model stacks {weight.shape[0]}",
             where=str(files.folder),
             do=_DO,
         )

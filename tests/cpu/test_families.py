@@ -30,6 +30,8 @@ from tiny_models import FAMILIES, save_config
 from training_runs import write_recipe
 
 OWN = ("llama", "eurollm", "mistral", "qwen2", "qwen3")
+# By DeepSpeed, with this stage of ZeRO: tied embeddings, a loss from all logits, experts.
+ZERO = {"gemma2": 3, "mixtral": 3, "gpt2": 1}
 STEPS = 6
 
 
@@ -60,7 +62,7 @@ def train(plans: dict[str, Plan], top: Path) -> dict[str, list[dict[str, Any]]]:
 
 @pytest.fixture(scope="module")
 def trained(words, folders, tmp_path_factory):
-    """(top folder, rows by run). A run is FAMILY-RANKS, by the code of transformers; of our decoder FAMILY-own."""
+    """(top folder, rows by run). A run is FAMILY-RANKS, by the code of transformers; of our decoder FAMILY-own, by DeepSpeed FAMILY-zero."""
     top = tmp_path_factory.mktemp("runs")
     plans = {}
     for name, folder in folders.items():
@@ -72,6 +74,10 @@ def trained(words, folders, tmp_path_factory):
             plans[f"{name}-own"] = plan_of(words, top / "recipes" / f"{name}-own", 1, **code)
     tp = {"hf": str(folders["qwen2"]), "layout__model_code": "own", "layout__tp": 2}
     plans["qwen2-tp"] = plan_of(words, top / "recipes" / "qwen2-tp", 2, **tp)
+    for name, stage in ZERO.items():
+        zero = {"layout__engine": "deepspeed", "layout__zero_stage": stage, "layout__model_code": "transformers"}
+        folder = top / "recipes" / f"{name}-zero"
+        plans[f"{name}-zero"] = plan_of(words, folder, 2, hf=str(folders[name]), **zero)
     return top, train(plans, top)
 
 
@@ -122,6 +128,11 @@ def test_a_family_trains_on_ranks_as_on_one(trained, name):
 @pytest.mark.parametrize("name", OWN)
 def test_our_decoder_and_the_code_of_transformers_train_alike(trained, name):
     same_curve(*(trained[1][f"{name}-{code}"] for code in ("1", "own")))
+
+
+@pytest.mark.parametrize("name", ZERO)
+def test_deepspeed_trains_a_family_as_one_process_does(trained, name):
+    same_curve(*(trained[1][f"{name}-{layout}"] for layout in ("1", "zero")))
 
 
 def test_biases_are_split_with_their_heads(trained):
