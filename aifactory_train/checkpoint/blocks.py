@@ -7,6 +7,7 @@ Waiting for the disk, hashing and copying all leave the interpreter to others.
 from __future__ import annotations
 
 import hashlib
+import mmap
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -128,7 +129,8 @@ def _each_block(blocks: Sequence[int], work: Callable[[int, Tensor], T]) -> list
     """`work(block, buffer)` of each in turn, by threads that have a buffer of their own. Results in order."""
 
     def some(thread: int) -> list[T]:
-        buffer = torch.empty(BLOCK_BYTES, dtype=torch.uint8)
+        # Of its own pages, which go back to the system: glibc would keep what torch.empty takes, once for each thread.
+        buffer = torch.frombuffer(mmap.mmap(-1, BLOCK_BYTES), dtype=torch.uint8)
         return [work(block, buffer) for block in blocks[thread::n_threads]]
 
     n_threads = min(_THREADS, len(blocks))

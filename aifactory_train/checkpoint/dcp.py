@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX, _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
 from aifactory_train.checkpoint.blocks import (
@@ -28,6 +29,7 @@ from aifactory_train.checkpoint.blocks import (
 )
 from aifactory_train.errors import storage_fault
 from aifactory_train.models.flat import FlatSlice
+from aifactory_train.models.parts import local_tensor
 
 State = dict[str, Any]
 
@@ -46,21 +48,26 @@ class Stager:
 
 
 def _tensors(state: State) -> State:
-    """With the storage of each FlatSlice in its place: torch's stager would make whole tensors of them."""
+    """With the storage of this rank in the place of each split tensor.
+
+    torch's stager would make whole tensors of FlatSlices, and copies DTensors twice: in holes of the heap that stay.
+    """
     of = {k: _tensors(v) if isinstance(v, dict) else v for k, v in state.items()}
-    return {k: v.local_X if isinstance(v, FlatSlice) else v for k, v in of.items()}
+    return {k: v.local_X if isinstance(v, FlatSlice) else local_tensor(v) for k, v in of.items()}
 
 
 def _like(state: State, staged: State) -> State:
-    """`staged` with a FlatSlice wherever `state` has one."""
-    return {
-        k: _like(v, staged[k])
-        if isinstance(v, dict)
-        else v.with_local(staged[k])
-        if isinstance(v, FlatSlice)
-        else staged[k]
-        for k, v in state.items()
-    }
+    """`staged` with a FlatSlice or DTensor wherever `state` has one."""
+    return {k: _like(v, staged[k]) if isinstance(v, dict) else _split_like(v, staged[k]) for k, v in state.items()}
+
+
+def _split_like(tensor: Any, local: Tensor) -> Tensor:
+    if isinstance(tensor, FlatSlice):
+        return tensor.with_local(local)
+    if isinstance(tensor, DTensor):
+        # Not from_local: it would move the copy to the device of the mesh.
+        return DTensor(local, tensor._spec, requires_grad=False)
+    return local
 
 
 @contextmanager

@@ -1,11 +1,16 @@
 """A stretch of a flattened tensor as boxes, and through a checkpoint."""
 
 import itertools
+import os
+import traceback
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 
-from aifactory_train.checkpoint.dcp import read_tensors, write_tensors
+from aifactory_train.checkpoint.dcp import Stager, read_tensors, write_tensors
 from aifactory_train.models.flat import FlatSlice
 from aifactory_train.models.parts import copy_into
 
@@ -44,3 +49,65 @@ def test_stretches_are_read_from_a_checkpoint_and_written_to_one(tmp_path):
         part = {"w": FlatSlice(torch.empty(stop - start), start, whole.shape)}
         read_tensors(part, tmp_path)
         assert torch.equal(part["w"].local_X, whole.flatten()[start:stop])
+
+
+def test_a_staged_stretch_does_not_follow_the_original():
+    whole = torch.arange(12.0)
+    state = {"optim": {"w": {"exp_avg": FlatSlice(whole[2:9], 2, (3, 4)), "step": torch.ones(())}}}
+    staged = Stager().stage(state)["optim"]["w"]
+    whole.zero_()
+    state["optim"]["w"]["step"].zero_()
+    assert (staged["exp_avg"].start, staged["exp_avg"].shape) == (2, (3, 4))
+    assert torch.equal(staged["exp_avg"].local_X, torch.arange(2.0, 9.0)) and staged["step"] == 1
+
+
+def on_two_ranks(folder, work):
+    """Run work(rank) on two forks with a process group."""
+    pids = []
+    for rank in range(2):
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                torch.set_num_threads(1)
+                store = dist.FileStore(str(folder / "store"), 2)
+                dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+                work(rank)
+                dist.barrier()
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+        pids.append(pid)
+    assert [os.waitpid(pid, 0)[1] for pid in pids] == [0, 0]
+
+
+def test_what_two_ranks_save_as_stretches_is_read_as_shards_whole_or_as_other_stretches(tmp_path):
+    shape, n_elements = (6, 5), 30
+    whole = torch.arange(float(n_elements)).view(shape)
+
+    def stretch(rank, cut):
+        start, stop = (0, cut) if rank == 0 else (cut, n_elements)
+        return FlatSlice(whole.flatten()[start:stop].clone(), start, shape)
+
+    def work(rank):
+        mesh, group = init_device_mesh("cpu", (2,)), dist.group.WORLD
+        staged = Stager().stage({"w": stretch(rank, 13), "step": torch.tensor(7.0)})
+        write_tensors(staged, tmp_path / "saved", group)
+        for dim in (0, 1):
+            local = whole.chunk(2, dim)[rank] if dim == 0 else whole.tensor_split([3], dim)[rank]
+            split = DTensor.from_local(torch.empty_like(local), mesh, [Shard(dim)], shape=shape, stride=(5, 1))
+            read_tensors({"w": split}, tmp_path / "saved", group)
+            assert torch.equal(split.to_local(), local), dim
+        state = {"w": torch.empty(shape), "step": torch.zeros(())}
+        read_tensors(state, tmp_path / "saved", group)
+        assert torch.equal(state["w"], whole) and state["step"] == 7
+        for cut in (0, 1, 17, 30):
+            other = stretch(rank, cut)
+            expected = other.local_X.clone()
+            other.local_X.zero_()
+            read_tensors({"w": other}, tmp_path / "saved", group)
+            assert torch.equal(other.local_X, expected), cut
+
+    on_two_ranks(tmp_path, work)
