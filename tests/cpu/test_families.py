@@ -62,7 +62,10 @@ def train(plans: dict[str, Plan], top: Path) -> dict[str, list[dict[str, Any]]]:
 
 @pytest.fixture(scope="module")
 def trained(words, folders, tmp_path_factory):
-    """(top folder, rows by run). A run is FAMILY-RANKS, by the code of transformers; of our decoder FAMILY-own, by DeepSpeed FAMILY-zero."""
+    """(top folder, rows by run).
+
+    FAMILY-RANKS is trained by the code of transformers, FAMILY-own by our decoder, FAMILY-zero by DeepSpeed.
+    """
     top = tmp_path_factory.mktemp("runs")
     plans = {}
     for name, folder in folders.items():
