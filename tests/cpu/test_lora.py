@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import lora_ranks
+from aifactory_train.checkpoint.adapters import open_merged, save_adapters
 from aifactory_train.checkpoint.dcp import stored_tensors
 from aifactory_train.checkpoint.manager import check_model, read_commit
 from aifactory_train.data.loader import Batch, Loader
@@ -23,10 +24,11 @@ from aifactory_train.errors import CheckpointError, PlanError
 from aifactory_train.launch.local import write_run_folder
 from aifactory_train.machine.load import load_machine
 from aifactory_train.models.build import build_model
-from aifactory_train.models.lora import apply_lora
+from aifactory_train.models.lora import apply_lora, split_weights
 from aifactory_train.plan.plan import Plan, load_plan, make_plan
+from aifactory_train.recipe.huggingface import expand
 from aifactory_train.recipe.load import load_recipe
-from aifactory_train.recipe.schema import Lora
+from aifactory_train.recipe.schema import Lora, Model
 from aifactory_train.rundir import RunDir, read_jsonl, step_folder
 from prepared_data import tokenize_here
 from training_runs import write_recipe
@@ -212,6 +214,37 @@ def test_adapter_and_merged_model_are_those_of_peft(runs: Path, name: str) -> No
     assert adapted.peft_config["default"].base_model_name_or_path == str(RunDir(runs / "base").export)
     torch.testing.assert_close(merged, logits(adapted.merge_and_unload()), rtol=0, atol=1e-6)
     assert AutoTokenizer.from_pretrained(export).eos_token_id is not None
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "mixtral"])
+def test_linears_that_are_stored_the_other_way_and_stacked_experts_are_merged_too(tmp_path: Path, kind: str) -> None:
+    from peft import PeftModel
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {
+        "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "eos_token_id": 0, "bos_token_id": 0},
+        "mixtral": {
+            "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "num_local_experts": 4, "head_dim": 8, "max_position_embeddings": 64,
+        },
+    }  # fmt: skip
+    folder, lora = str(tmp_path / "base"), Lora(rank=4, alpha=8.0)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, vocab_size=96, **sizes[kind])).save_pretrained(folder)
+    model = Model.model_validate(expand({"hf": folder, "init_from": folder}, "here"))
+    with torch.device("meta"):
+        parts, plain = build_model(model, "transformers"), build_model(model, "transformers")
+        apply_lora(parts, lora)
+    _, empty = split_weights(dict(parts.root.named_parameters()))
+    adapters = {name: torch.randn(weight.shape) / 10 for name, weight in empty.items()}
+    save_adapters(lora, adapters, folder, tmp_path / "adapter")
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), tmp_path / "adapter")
+    _, read = open_merged(model, "transformers", lora, adapters)
+    plain.root.to_empty(device="cpu")
+    for name, weight in plain.root.named_parameters():
+        weight.data.copy_(read([name])[name])
+    with torch.no_grad():
+        ours = plain.root(torch.arange(3, 83).view(2, 40))
+    torch.testing.assert_close(ours, logits(adapted.eval()), rtol=0, atol=1e-5)
 
 
 def batches(runs: Path, name: str, rank: int, n_ranks: int) -> list[Batch]:
