@@ -7,6 +7,7 @@ from typing import Literal
 
 from aifactory_train import units
 from aifactory_train.plan.basis import measured_vs_assumed
+from aifactory_train.plan.constants import TRANSFORMERS_CODE_FACTOR
 from aifactory_train.plan.contract import Layout
 from aifactory_train.plan.cost import render_run_cost, run_cost_of, run_cost_range_of
 from aifactory_train.plan.curve import render_nodes
@@ -19,11 +20,20 @@ from aifactory_train.plan.placement import place
 from aifactory_train.plan.plan import Plan
 from aifactory_train.plan.rates import family_rates, rate_key
 from aifactory_train.plan.search import Candidate, Ranking
+from aifactory_train.plan.shape import (
+    n_active_block_matrix_parameters,
+    n_block_matrix_parameters,
+    n_trained_parameters,
+)
 from aifactory_train.plan.support import why_not_trainable
 from aifactory_train.plan.work import work_of
 
 Form = Literal["short", "explain", "json"]
 
+_OFFLOADED = {
+    "optimizer": "optimizer state in host memory",
+    "parameters": "weights and optimizer state in host memory, weights on the device block by block",
+}
 # Layouts shown in the ranking, each of another cut than those above it.
 N_SHOWN = 6
 # A smaller difference would be printed as 0.0 %.
@@ -55,7 +65,9 @@ def render_answer(
 
 def summarize(plan: Plan, ranking: Ranking, nodes: str | None = None, job_time_s: float | None = None) -> str:
     """Whether it can be trained, fit, speed, time, cost, layout, runner-up and notes. `nodes`: of render_nodes."""
-    shown = ("layout", "batch", "pipeline", "attention")
+    shown = {"layout", "batch", "pipeline", "attention", "offload"}
+    if plan.recipe.model.hf is not None or plan.layout.model_code == "transformers":
+        shown.add("model code")
     rows = [
         *_head_rows(plan),
         *_verdict_rows(plan, ranking, job_time_s),
@@ -110,7 +122,14 @@ def _notes_but(plan: Plan, said: str) -> list[str]:
 
 def _head_rows(plan: Plan) -> list[tuple[str, str]]:
     recipe, layout, device = plan.recipe, plan.layout, plan.machine.device
-    what = f"{units.format_count(plan.shape.n_parameters)} parameters, {units.format_count(recipe.train.budget_tokens)}"
+    what = f"{units.format_count(plan.shape.n_parameters)} parameters"
+    if recipe.model.n_experts > 1:
+        model = recipe.model
+        idle = model.n_layers * (n_block_matrix_parameters(model) - n_active_block_matrix_parameters(model))
+        what += f" ({units.format_count(plan.shape.n_parameters - idle)} at work for each token)"
+    if recipe.lora is not None:
+        what += f" ({units.format_count(n_trained_parameters(recipe.model, recipe.lora))} in adapters are trained)"
+    what += f", {units.format_count(recipe.train.budget_tokens)}"
     n = n_devices(plan.machine, layout)
     devices = f"{n} x {device.name}" + (f", {layout.world_size} ranks" if n != layout.world_size else "")
     if devices_per_package(device) > 1:
@@ -165,9 +184,20 @@ def _layout_rows(plan: Plan) -> list[tuple[str, str]]:
         *([("gradients", summed)] if layout.accumulation > 1 and layout.shard_degree > 1 else []),
         *([("pipeline", _pipeline(layout))] if layout.pp > 1 else []),
         *([("attention", f"over the ranks of cp by {layout.cp_attention.replace('_', '-')}")] if layout.cp > 1 else []),
-        *([("offload", "optimizer state in host memory")] if layout.offload == "optimizer" else []),
+        *([("offload", _OFFLOADED[layout.offload])] if layout.offload != "none" else []),
+        ("model code", _model_code(plan)),
         ("host", f"{layout.threads_per_rank} thread(s) a rank"),
     ]
+
+
+def _model_code(plan: Plan) -> str:
+    """Which, why, and what it costs."""
+    model, slower = plan.recipe.model, units.format_difference(TRANSFORMERS_CODE_FACTOR - 1)
+    named = str((model.hf_config or {}).get("model_type", model.family))
+    if plan.layout.model_code == "own":
+        return f"our decoder computes {named} models; that of transformers is counted with {slower} of computing time"
+    why = f"our decoder has no {named} models" if model.family == "other" else "as asked"
+    return f"that of transformers: {why}; counted with {slower} of computing time, as measured for a Llama on a CPU"
 
 
 def _pipeline(layout: Layout) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from aifactory_train.errors import PlanError
 from aifactory_train.machine.machine import Machine
-from aifactory_train.plan.nearest import what_works
+from aifactory_train.plan.nearest import find, what_works
 from aifactory_train.plan.nodes import check_nodes
 from aifactory_train.plan.plan import Plan, make_plan
 from aifactory_train.plan.refuse import refuse_launch
@@ -23,6 +23,8 @@ def make_launch_plan(
             raise
         # Too many nodes for a job are the first thing to mend: the rest may follow from it.
         check_nodes(machine, n_nodes, partition, qos)
+        if find(recipe, machine, n_nodes, cpu_ranks, to_train=True):
+            raise  # the ranks have a layout: the recipe contradicts itself in something else
         # What a plan could take may be what training refuses.
         do = what_works(recipe, machine, n_nodes, cpu_ranks, to_train=True)
         raise PlanError(error.what, where=error.where, do=do or error.do) from None

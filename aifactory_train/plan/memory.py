@@ -69,17 +69,19 @@ def estimate_memory(work: Work, device_kind: DeviceKind, layout: Layout, softwar
     In a V all hold equally many micro-batches, and the last rank may have most layers.
     """
     peak_bytes, peak_at, peak_terms = -1, "", {}
-    states: Terms = {}
+    states, saved_bytes = {}, 0
     for pp_rank in sorted({0, min(1, layout.pp - 1), layout.pp - 1}):
         rank = _Rank(work, device_kind, layout, software, pp_rank)
         for when, terms in rank.moments():
             total_bytes = sum(terms.values())
             if total_bytes > peak_bytes:
                 peak_bytes, peak_at, peak_terms = total_bytes, when, terms
-                states = rank.saved_states()
+                states, saved_bytes = rank.saved_states(), rank.saved_bytes()
                 if layout.pp > 1:
                     peak_at = f"{rank.named}, {when}"
-    host = _host_bytes(work, device_kind, layout, states, peak_bytes)
+    host = {"ranks": -(-layout.world_size // layout.n_nodes) * peak_bytes}
+    if device_kind != "cpu":
+        host = _host_bytes(layout, states, saved_bytes if work.asynchronous_save else 0)
     return Memory({name: n for name, n in peak_terms.items() if n}, peak_bytes, peak_at, host)
 
 
@@ -157,7 +159,7 @@ class _Rank:
             yield when, {**fixed, **moving, "fragmentation": int(lost)}
 
     def saved_states(self) -> Terms:
-        """What a checkpoint holds of this rank, with what stays resident of it."""
+        """Parameters and optimizer state of this rank."""
         layout, fp32 = self.layout, self.software.fp32_states and self.size != FP32_BYTES
         size = FP32_BYTES if self.software.fp32_states else self.size
         n_moments = 2 * self.n_trained
@@ -172,12 +174,17 @@ class _Rank:
             "optimizer_state": optimizer + (self._shard(self.n_trained) * FP32_BYTES if fp32 else 0),
         }
 
+    def saved_bytes(self) -> int:
+        """Of them what a checkpoint holds: with adapters no other parameters."""
+        states = self.saved_states()
+        return states["optimizer_state"] + states["parameters"] * self.n_trained // self.n
+
     def _shard(self, n: int) -> int:
         return -(-n // self.layout.shard_degree)
 
     def _fixed(self) -> Terms:
         layout, states = self.layout, self.saved_states()
-        copy = sum(states.values()) if self.kind == "cpu" and self.work.asynchronous_save else 0
+        copy = self.saved_bytes() if self.kind == "cpu" and self.work.asynchronous_save else 0
         if self.kind != "cpu":
             states |= {"optimizer_state": 0} if layout.offload != "none" else {}
             states |= {"parameters": 0} if layout.offload == "parameters" else {}
@@ -360,11 +367,13 @@ class _Rank:
         yield "in the optimizer step", {**buffers, **step}
 
 
-def _host_bytes(work: Work, kind: DeviceKind, layout: Layout, states: Terms, peak_bytes: int) -> Terms:
-    """Per node. On a GPU an asynchronous save stages all states of its ranks, offload keeps and steps them there."""
+def _host_bytes(layout: Layout, states: Terms, staged_bytes: int) -> Terms:
+    """Per node with GPUs. Offload keeps and steps states there.
+
+    Args:
+        staged_bytes: what an asynchronous save copies there of each rank.
+    """
     n_ranks = -(-layout.world_size // layout.n_nodes)
-    if kind == "cpu":
-        return {"ranks": n_ranks * peak_bytes}
     parameters, optimizer = states["parameters"], states["optimizer_state"]
     offloaded = 0
     if layout.offload != "none":
@@ -373,7 +382,7 @@ def _host_bytes(work: Work, kind: DeviceKind, layout: Layout, states: Terms, pea
     return {
         "runtime": n_ranks * HOST_RUNTIME_BYTES,
         "data": n_ranks * HOST_DATA_BYTES,
-        "staging": n_ranks * (parameters + optimizer) if work.asynchronous_save else 0,
+        "staging": n_ranks * staged_bytes,
         "offloaded_optimizer": n_ranks * offloaded,
         **({"offloaded_parameters": n_ranks * parameters} if layout.offload == "parameters" else {}),
     }

@@ -35,6 +35,20 @@ WISHES: dict[str, dict[str, object]] = {
     "dualpipev": {"layout__pp": 2, "layout__pipeline_schedule": "dualpipev", "train__micro_batch_rows": 1},
     "tied-pp": {"layout__pp": 2, "model__tied_embeddings": True},
     "replicas": {"layout__dp_replicate": 2},
+    "zero-3": {"layout__engine": "deepspeed", "layout__zero_stage": 3},
+    "offload-optimizer": {"layout__offload": "optimizer", "layout__zero_stage": 2},
+    "offload-parameters": {"layout__offload": "parameters"},
+    "transformers": {"layout__model_code": "transformers"},
+}
+REFUSED: dict[str, object] = {
+    "layout__pp": 2,
+    "layout__pipeline_schedule": "zbv",
+    "layout__reshard_after_forward": True,
+    "train__micro_batch_rows": 1,
+}
+REFUSED_LAYOUTS: dict[str, dict[str, object]] = {
+    "offload-fsdp2": {"offload": "optimizer"},
+    "split-transformers": {"model_code": "transformers", "dp_shard": 1, "tp": 2, "micro_batch_rows": 16},
 }
 
 
@@ -92,9 +106,8 @@ def test_the_launcher_starts_a_pipeline_of_two_ranks(words, tmp_path):
     assert [row["step"] for row in launched(recipe, tmp_path / "run", 2)] == [1, 2]
 
 
-@pytest.mark.parametrize("wish", [{"layout__zero_stage": 1}, {"layout__offload": "optimizer"}])
-def test_a_layout_that_cannot_be_trained_is_refused_by_launch_with_the_sentence_of_the_plan(words, tmp_path, wish):
-    plan = make_plan(recipe_of(words, tmp_path, **wish), load_machine("local"), cpu_ranks=2)
+def test_a_layout_that_cannot_be_trained_is_refused_by_launch_with_the_sentence_of_the_plan(words, tmp_path):
+    plan = make_plan(recipe_of(words, tmp_path, **REFUSED), load_machine("local"), cpu_ranks=2)
     sentence = why_not_trainable(plan.layout)
     assert sentence is not None and any(sentence in note for note in plan.notes)
     done = aifactory("launch", tmp_path / "recipe.yaml", "--run", tmp_path / "run", "--cpu-ranks", 2)
@@ -103,14 +116,14 @@ def test_a_layout_that_cannot_be_trained_is_refused_by_launch_with_the_sentence_
 
 
 def test_training_refuses_what_is_not_trainable_with_the_same_sentence_said_once(words, tmp_path):
-    recipe = recipe_of(words, tmp_path)
-    base = make_plan(recipe, load_machine("local"), cpu_ranks=2)
-    refused = [c for c in search(recipe, gpus(per_node=2), n_nodes=1).candidates if c.why_not is not None]
-    assert {c.layout.engine for c in refused} == {"deepspeed"}
-    for candidate in refused:
-        with pytest.raises(PlanError, match=re.escape(str(candidate.why_not))):
-            refuse_untrainable(candidate.layout, where="plan.json")
-    plan = base.model_copy(update={"layout": refused[0].layout})
-    assert trained({"refused": plan}, tmp_path) == {"refused": [2, 2]}
-    said = (tmp_path / "refused.txt").read_text()
-    assert said.count(str(refused[0].why_not)) == 1 and "Traceback" not in said, said
+    base = make_plan(recipe_of(words, tmp_path), load_machine("local"), cpu_ranks=2)
+    plans = {
+        name: base.model_copy(update={"layout": base.layout.model_copy(update=change)})
+        for name, change in REFUSED_LAYOUTS.items()
+    }
+    assert trained(plans, tmp_path) == {name: [2, 2] for name in plans}
+    for name, plan in plans.items():
+        sentence, said = str(why_not_trainable(plan.layout)), (tmp_path / f"{name}.txt").read_text()
+        with pytest.raises(PlanError, match=re.escape(sentence)):
+            refuse_untrainable(plan.layout, where="plan.json")
+        assert said.count(sentence) == 1 and "Traceback" not in said, said

@@ -208,3 +208,25 @@ def test_what_a_machine_file_does_not_know_stands_in_the_notes_as_assumed(name):
     assert any("assumed" in note for note in plan.notes)
     if machine.device.peak_flops_per_s.bf16 is None:
         assert plan.predicted.mfu_frac is None and plan.predicted.tokens_per_s is not None
+
+
+def test_the_page_says_which_code_computes_the_model_how_many_weights_work_and_how_many_are_trained():
+    text = explain(*make_ranked_plan(load_recipe(LLAMA_8B), gpus(), n_nodes=4))
+    assert "our decoder computes llama models; that of transformers is counted with +" in text
+    asked = ["layout.model_code=transformers", "model.init_from=x", "lora={rank: 8, alpha: 16}"]
+    plan, ranking = make_ranked_plan(load_recipe(LLAMA_8B, asked), gpus(), n_nodes=4)
+    short = summarize(plan, ranking)
+    assert "model code    that of transformers: as asked; counted with +" in short
+    assert "8.03 G parameters (21.0 M in adapters are trained)" in short
+    assert plan.layout.pp == plan.layout.cp == plan.layout.tp == 1
+    experts = {"family": "other", "n_experts": 8, "n_active_experts": 2, "hf_config": {"model_type": "mixtral"}}
+    recipe = load_recipe(LLAMA_8B)
+    mixtral = recipe.model_copy(update={"model": recipe.model.model_copy(update=experts)})
+    short = summarize(*make_ranked_plan(mixtral, gpus(), n_nodes=8))
+    assert "47.5 G parameters (13.7 G at work for each token)" in short
+    assert "that of transformers: our decoder has no mixtral models" in short
+
+
+def test_offload_is_a_line_of_the_page():
+    text = summarize(*make_ranked_plan(load_recipe(LLAMA_8B, ["layout.offload=parameters"]), gpus(), n_nodes=4))
+    assert "weights and optimizer state in host memory, weights on the device block by block" in text

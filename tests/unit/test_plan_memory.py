@@ -6,7 +6,7 @@ from aifactory_train.plan import memory, shape
 from aifactory_train.plan.contract import Layout
 from aifactory_train.plan.memory import estimate_memory, micro_batches_in_flight
 from aifactory_train.plan.work import OURS, Work
-from aifactory_train.recipe.schema import Model
+from aifactory_train.recipe.schema import Lora, Model
 
 MODEL = Model(
     family="llama",
@@ -267,3 +267,44 @@ def test_each_border_of_a_stage_has_a_buffer_for_each_micro_batch():
     assert moment("in the loss", in_v, pp_rank=0)["pipeline_buffers"] == 2 * border, "first and last stage"
     halved = how.model_copy(update={"world_size": 16, "tp": 2})
     assert moment("in the loss", halved)["pipeline_buffers"] == border // 2
+
+
+def test_offload_of_parameters_keeps_two_blocks_and_the_tables_on_the_device():
+    how = zero(zero_stage=3, offload="parameters", reduce_each_micro_batch=True)
+    memory = estimate_memory(WORK, "cuda", how)
+    found = memory.terms_bytes
+    assert "parameters" not in found and "optimizer_state" not in found
+    assert found["gathered_parameters"] == 2 * (2 * N_BLOCK + 2 * N_TABLE + 64)
+    assert memory.host_bytes["offloaded_parameters"] == 8 * 2 * -(-N // 8)
+    kept = estimate_memory(WORK, "cuda", zero(zero_stage=3, offload="optimizer", reduce_each_micro_batch=True))
+    assert kept.terms_bytes["parameters"] == 2 * -(-N // 8) and "offloaded_parameters" not in kept.host_bytes
+    # On a CPU the host's memory is the device's.
+    here = estimate_memory(WORK, "cpu", how).terms_bytes
+    assert here["parameters"] and here["optimizer_state"]
+
+
+def test_with_adapters_nothing_else_has_gradients_or_optimizer_state():
+    n_adapters = 4 * ((64 + 64) * 2 + (64 + 32) * 2 + (64 + 128) * 3)
+    work = dataclasses.replace(WORK, lora=Lora(rank=4, alpha=8.0), asynchronous_save=True)
+    found = terms(layout(accumulation=4), work)
+    n = N + 8 * n_adapters
+    assert found["parameters"] == 4 * -(-n // 8)
+    assert found["optimizer_state"] == 4 * 2 * n_adapters
+    waiting = moment("in the loss", layout(accumulation=4), work)["unsharded_gradients"]
+    assert waiting == 4 * 8 * n_adapters
+    staged = estimate_memory(work, "cuda", layout()).host_bytes["staging"]
+    assert staged == pytest.approx(8 * 3 * 4 * n_adapters, rel=1e-3), "a checkpoint holds adapters alone"
+    sharded = terms(zero(), work)
+    assert sharded["parameters"] == 2 * n and sharded["gradients"] == 4 * 8 * n_adapters
+
+
+def test_a_foreign_model_without_a_chunked_loss_holds_all_logits():
+    def logits(**config):
+        other = Model(**MODEL.model_dump() | {"family": "other", "hf_config": config})
+        how = layout(micro_batch_rows=16, model_code="transformers")
+        return moment("in the loss", how, dataclasses.replace(WORK, model=other))["logits_and_loss"]
+
+    whole = 16 * 256 * 1024 * (2 + 3 * 4)
+    assert logits(model_type="gemma2") == logits(model_type="xglm") == whole
+    assert logits(model_type="mixtral", output_router_logits=True) == whole
+    assert logits(model_type="gemma2", final_logit_softcapping=None) == logits(model_type="mixtral") < whole
