@@ -174,7 +174,7 @@ def test_an_export_gives_plain_transformers_the_same_logits_and_losses_document_
 def test_training_goes_on_from_an_export(words, trained, folders, tmp_path):
     top, rows = trained
     plans = {}
-    for name in FAMILIES:
+    for name in ("llama", "gemma2", "gpt2", "apertus", "mixtral"):
         start = {"hf": str(folders[name]), "init_from": str(exported(top, f"{name}-2").export)}
         plans[name] = plan_of(words, tmp_path / "recipes" / name, 2, **start, train__budget_tokens=1024)
     for name, (row, *_) in train(plans, tmp_path).items():
