@@ -26,6 +26,8 @@ MODELS: dict[str, dict[str, Any]] = {
 class Case:
     """One layout and what goes with it. `reference` is the case of one process with the same weights and batches."""
 
+    engine: str = "fsdp2"
+    zero_stage: int = 3
     pp: int = 1
     dp_replicate: int = 1
     dp_shard: int = 1
@@ -42,6 +44,7 @@ class Case:
     model: str = "llama"
     documents: bool = True
     optimizer: str = "adamw"
+    precision: str = "fp32"
     fault: str = ""
 
     @property
@@ -64,11 +67,17 @@ class Case:
     @property
     def name(self) -> str:
         words = [f"{axis}{getattr(self, axis)}" for axis in self.axes] or ["one"]
+        if self.engine == "deepspeed":
+            words.insert(0, f"zero{self.zero_stage}")
         if self.pp > 1 and self.pipeline_schedule != "1f1b":
             words.append(self.pipeline_schedule)
         if self.cp > 1:
             words.append(self.cp_attention)
-        words += [getattr(self, key) for key in ("remat", "model", "optimizer") if getattr(self, key) != DEFAULT[key]]
+        words += [
+            getattr(self, key)
+            for key in ("remat", "model", "optimizer", "precision")
+            if getattr(self, key) != DEFAULT[key]
+        ]
         words += [key for key in ("compile", "accumulate", "reshard", "reduce_each") if getattr(self, key)]
         words += ["rows"] if not self.documents else []
         return "-".join([*words, *([f"FAULT={self.fault}"] if self.fault else [])])
@@ -77,7 +86,13 @@ class Case:
     def reference(self) -> Case:
         # Newton-Schulz blows up differences of rounding, so Muon is held to the same sums over micro-batches.
         accumulate = self.optimizer == "muon" and self.micro_batch_rows == 1
-        return Case(model=self.model, documents=self.documents, optimizer=self.optimizer, accumulate=accumulate)
+        return Case(
+            model=self.model,
+            documents=self.documents,
+            optimizer=self.optimizer,
+            precision=self.precision,
+            accumulate=accumulate,
+        )
 
 
 DEFAULT = {field.name: field.default for field in fields(Case)}
@@ -183,16 +198,30 @@ LONG = [
     if case not in SHORT
 ]  # fmt: skip
 
-# Each saves, and each loads what the others saved.
+_ZERO = [Case(engine="deepspeed", zero_stage=stage, dp_shard=n) for stage in (1, 2, 3) for n in (1, 2, 4)]
+# Within each list, each saves and each loads what all of them saved.
 CHECKPOINTS = [
+    replace(case, model="shallow")
+    for case in (
+        Case(),
+        Case(dp_shard=2),
+        Case(dp_shard=4),
+        Case(dp_replicate=2, dp_shard=2),
+        Case(tp=2),
+        Case(pp=2),
+        *_ZERO,
+    )
+]
+# The same with weights that compute in bfloat16; those of the checkpoint are float32.
+BF16_CHECKPOINTS = [replace(case, precision="bf16") for case in CHECKPOINTS if case.world_size == 2 and case.pp == 1]
+# `make parity` adds these: two axes that split one weight, several stages on a rank.
+LONG_CHECKPOINTS = [
     Case(),
     Case(dp_shard=4),
-    Case(dp_replicate=2, dp_shard=2),
-    Case(tp=2),
     Case(cp=2, tp=2),
-    Case(pp=2),
     Case(pp=2, pipeline_schedule="interleaved", stages_per_rank=2),
     Case(pp=2, dp_shard=2, tp=2),
+    *[case for case in _ZERO if case.dp_shard == 2],
 ]
 
 # What each deliberate fault is made in; faults.py says what it does.

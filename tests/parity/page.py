@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from parity.cases import AXES, CHECKPOINTS, FAULTY, LONG, SHORT, STEPS, Case
+from parity.cases import AXES, BF16_CHECKPOINTS, CHECKPOINTS, FAULTY, LONG, LONG_CHECKPOINTS, SHORT, STEPS, Case
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE, README = ROOT / "docs" / "parity.md", ROOT / "README.md"
@@ -67,12 +67,7 @@ Each is made on purpose in the ranks of one run (tests/parity/faults.py), and th
 
 {_table(FAULTY, differences)}
 
-## Checkpoints
-
-Saved by each of these and loaded by each, all {len(CHECKPOINTS)} x {len(CHECKPOINTS)}: the next steps are those of one
-process within the same 1e-5.
-
-{chr(10).join(f"* {case.name}" for case in CHECKPOINTS)}
+{render_checkpoints()}
 
 ## What a CPU cannot show
 
@@ -80,6 +75,33 @@ process within the same 1e-5.
 
 {chr(10).join(f"* {what}: {why}" for what, why in NEEDS_GPU.items())}
 """
+
+
+def render_checkpoints() -> str:
+    """Which checkpoints move: a section of the page."""
+    n, n_long, n_bf16 = len(CHECKPOINTS), len(LONG_CHECKPOINTS), len(BF16_CHECKPOINTS)
+    return f"""## Checkpoints
+
+Saved by each of a list and loaded by each (tests/parity/test_checkpoints_move.py): weights, both moments of Adam and
+the step have moved, as the next steps are those of one process within the same 1e-5. "zero" is the engine deepspeed
+with that stage; the others are fsdp2.
+
+In `make test`, all {n} x {n} of:
+
+{_list(CHECKPOINTS)}
+
+In `make parity`, all {n_long} x {n_long} of these, too:
+
+{_list(LONG_CHECKPOINTS)}
+
+In `make test` with bf16 compute, all {n_bf16} x {n_bf16} of these; the float32 state is the same bit for bit after it
+has moved:
+
+{_list(BF16_CHECKPOINTS)}"""
+
+
+def _list(cases: list[Case]) -> str:
+    return "\n".join(f"* {case.name}" for case in cases)
 
 
 def _table(cases: list[Case], differences: Differences) -> str:

@@ -2,9 +2,10 @@
 
     python ranks.py JOBS.json FOLDER
 
-JOBS.json is a list of jobs: {"case": ..., "saves": bool, "loads": [names]}. For each, FOLDER/<name>.json appears with
-losses and norms, or the error; FOLDER/<name>/ holds the weights after the last step and, where the job saves, a
-checkpoint. Forking after the imports costs milliseconds where a new Python costs seconds for each rank.
+JOBS.json is a list of jobs: {"case": ..., "saves": bool, "loads": [names], "saves_again": bool}. For each,
+FOLDER/<name>.json appears with losses and norms, or the error; FOLDER/<name>/ holds the weights after the last step
+and, where the job saves, a checkpoint; where it saves again, one of each state that it loaded. Forking after the
+imports costs milliseconds where a new Python costs seconds for each rank.
 """
 
 from __future__ import annotations
@@ -34,11 +35,12 @@ from torch.distributed.tensor import DTensor
 from aifactory_train.checkpoint.dcp import read_tensors, write_tensors
 from aifactory_train.data.loader import Batch
 from aifactory_train.machine.machine import Device, Host, Machine
+from aifactory_train.models.flat import FlatSlice
 from aifactory_train.plan.contract import Layout, Prediction
 from aifactory_train.plan.plan import Plan
 from aifactory_train.plan.shape import build_shape
 from aifactory_train.recipe.schema import Recipe, fingerprint
-from aifactory_train.train.engine_torch import TorchEngine
+from aifactory_train.train.engine import Engine
 from aifactory_train.train.setup import build_engine
 from parity.cases import MODELS, ROWS, SAVED_AFTER, STEPS, TOKENS, Case
 from parity.faults import FAULTS
@@ -62,7 +64,9 @@ def build_plan(case: Case) -> Plan:
             "sources": [{"name": "none", "path": "none"}], "tokenizer": {"train_vocab_size": 96},
             "prepared_dir": "none", "seq_len_tokens": TOKENS, "document_mask": case.documents,
         },
-        "train": {"budget_tokens": 100 * ROWS * TOKENS, "global_batch_tokens": ROWS * TOKENS, "precision": "fp32"},
+        "train": {
+            "budget_tokens": 100 * ROWS * TOKENS, "global_batch_tokens": ROWS * TOKENS, "precision": case.precision,
+        },
         # Adam with its own eps would blow up differences of rounding where gradients are next to nothing, and would
         # hide a wrong scale of all of them.
         "optim": {"name": case.optimizer, "lr": 3e-3, "eps": 1e-3, "grad_clip_norm": 0.5},
@@ -75,7 +79,8 @@ def build_plan(case: Case) -> Plan:
         sources=[],
     )
     layout = Layout(
-        engine="fsdp2",
+        engine=case.engine,
+        zero_stage=case.zero_stage,
         world_size=case.world_size,
         **{axis: getattr(case, axis) for axis in ("pp", "dp_replicate", "dp_shard", "cp", "tp")},
         pipeline_schedule=case.pipeline_schedule,
@@ -88,7 +93,7 @@ def build_plan(case: Case) -> Plan:
         remat=case.remat,
         remat_budget_frac=0.5 if case.remat == "budget" else None,
         compile=case.compile,
-        precision="fp32",
+        precision=case.precision,
         threads_per_rank=1,
     )
     nothing = Prediction(
@@ -139,6 +144,8 @@ def train(job: dict[str, Any], rank: int, folder: Path) -> dict[str, Any]:
         state = engine.state_dict()
         read_tensors(state, folder / source / "checkpoint", dist.group.WORLD)
         engine.load_state_dict(state)
+        if job["saves_again"]:
+            write_tensors(engine.state_dict(), folder / job["name"] / source, dist.group.WORLD)
         curves[source] = steps_of(engine, case, data_rank, range(SAVED_AFTER + 1, STEPS + 1))
     if job["loads"]:
         return {"curves": curves}
@@ -151,7 +158,7 @@ def train(job: dict[str, Any], rank: int, folder: Path) -> dict[str, Any]:
     return {"curve": curve}
 
 
-def steps_of(engine: TorchEngine, case: Case, data_rank: int, steps: range) -> list[list[float]]:
+def steps_of(engine: Engine, case: Case, data_rank: int, steps: range) -> list[list[float]]:
     """[loss, gradient norm] of each step."""
     curve = []
     for step in steps:
@@ -163,16 +170,25 @@ def steps_of(engine: TorchEngine, case: Case, data_rank: int, steps: range) -> l
     return curve
 
 
-def save_weights(engine: TorchEngine, folder: Path) -> None:
+def save_weights(engine: Engine, folder: Path) -> None:
     """Whole tensors; one file for each rank of pp, from the first of its ranks."""
-    whole: dict[str, Tensor] = {
-        name: p.detach().full_tensor() if isinstance(p, DTensor) else p.detach()
-        for name, p in engine.named_parameters.items()
-    }
-    rows = engine.mesh.rows
-    if all(rows[axis].get_local_rank() == 0 for axis in ("dp", "cp", "tp")):
+    whole = {name: whole_tensor(weight) for name, weight in engine.state_dict()["model"].items()}
+    layout, rank = engine.plan.layout, dist.get_rank()
+    per_stage = layout.world_size // layout.pp
+    if rank % per_stage == 0:
         folder.mkdir(exist_ok=True)
-        torch.save(whole, folder / f"weights-{rows['pp'].get_local_rank()}.pt")
+        torch.save(whole, folder / f"weights-{rank // per_stage}.pt")
+
+
+def whole_tensor(weight: Tensor) -> Tensor:
+    """Collective over the ranks that have a part of it."""
+    if isinstance(weight, DTensor):
+        return weight.full_tensor()
+    if not isinstance(weight, FlatSlice):
+        return weight
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, (weight.start, weight.local_X))
+    return torch.cat([part for _, part in sorted(parts, key=lambda part: part[0])]).view(weight.shape)
 
 
 def run_rank(job: dict[str, Any], rank: int, rendezvous: Path, folder: Path) -> None:
@@ -180,6 +196,7 @@ def run_rank(job: dict[str, Any], rank: int, rendezvous: Path, folder: Path) -> 
     world_size, name = Case(**job["case"]).world_size, rendezvous.name
     try:
         torch.set_num_threads(1)
+        os.environ["LOCAL_RANK"] = str(rank)  # DeepSpeed asks for it; launchers set it
         store = dist.FileStore(str(rendezvous / "store"), world_size)
         dist.init_process_group(
             "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=TIMEOUT_S)
@@ -238,8 +255,14 @@ def _wait(pids: list[int], end_s: float) -> bool:
     return good
 
 
-def main(jobs: Path, folder: Path) -> None:
-    for job in json.loads(jobs.read_text()):
+def main(path: Path, folder: Path) -> None:
+    jobs = json.loads(path.read_text())
+    if any(job["case"]["engine"] == "deepspeed" for job in jobs):
+        # Once for all forks: both take seconds, the second because of torch's compiler.
+        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+
+        import aifactory_train.train.engine_deepspeed  # noqa: F401
+    for job in jobs:
         result = run_job(job, folder)
         partial = folder / "result.tmp"
         partial.write_text(json.dumps(result))
