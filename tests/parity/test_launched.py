@@ -54,6 +54,22 @@ def test_a_run_of_one_process_goes_on_as_a_pipeline_with_tensor_parallelism(word
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=NORM_RTOL), ours["step"]
 
 
+ZERO_2 = {"layout__engine": "deepspeed", "layout__zero_stage": 2}
+
+
+@pytest.mark.parametrize("first, then", [({}, ZERO_2), (ZERO_2, {})], ids=["to deepspeed", "to fsdp2"])
+def test_a_run_goes_on_in_the_other_engine(words, tmp_path, one_process, first, then):
+    run = tmp_path / "run"
+    launched(write_recipe(tmp_path, **words, **first), run, 2)
+    shutil.rmtree(step_folder(RunDir(run).checkpoints, 20))
+    rows = launched(write_recipe(tmp_path, **words, **then), run, 2)
+    assert [r["step"] for r in rows] == [*range(1, 21), *range(11, 21)]
+    for ours in rows:
+        theirs = one_process[ours["step"] - 1]
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=LOSS_RTOL), ours["step"]
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=NORM_RTOL), ours["step"]
+
+
 def test_bf16_with_fp32_master_weights_follows_the_fp32_curve(words, tmp_path, one_process):
     rows = launched(write_recipe(tmp_path, **words, train__precision="bf16"), tmp_path / "run", 2)
     for ours, theirs in zip(rows, one_process, strict=True):
