@@ -28,7 +28,7 @@ LONGEST_CHARS = 160
 def documented(tree: ast.Module, module: str) -> Iterator[tuple[str, str]]:
     """Name and first sentence of each public function and class of a module, and of their methods."""
     for node in tree.body:
-        inner = node.body if isinstance(node, ast.ClassDef) else []
+        inner = node.body if isinstance(node, ast.ClassDef) and not node.name.startswith("_") else []
         for item, prefix in ((node, module), *((method, f"{module}.{node.name}") for method in inner)):
             if not isinstance(item, ast.FunctionDef | ast.ClassDef) or item.name.startswith("_"):
                 continue
@@ -45,11 +45,14 @@ def chats() -> Iterator[list[dict[str, str]]]:
         parts = path.relative_to(root).with_suffix("").parts
         if any(part in ("site-packages", "dist-packages", "test", "tests", "idlelib") for part in parts):
             continue
+        module = ".".join(parts).removesuffix(".__init__")
+        if any(part.startswith("_") for part in module.split(".")):
+            continue
         try:
             tree = ast.parse(path.read_bytes())
         except (SyntaxError, ValueError):
             continue  # templates and files that are broken on purpose
-        for name, sentence in documented(tree, ".".join(parts).removesuffix(".__init__")):
+        for name, sentence in documented(tree, module):
             yield [
                 {"role": "user", "content": f"What does {name} do?"},
                 {"role": "assistant", "content": sentence},
