@@ -67,7 +67,7 @@ test: $(VENV)/.installed-test $(VENV)/.installed-system
 	@$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 parity: $(VENV)/.installed-test
-	@PARITY=all $(BIN)/pytest tests/parity/test_matrix.py tests/parity/test_checkpoints_move.py
+	@PARITY=all $(BIN)/pytest tests/parity/test_matrix.py tests/parity/test_checkpoints_move.py tests/parity/test_engines.py
 
 check: $(VENV)/.installed-test
 	@$(BIN)/ruff check .

@@ -44,7 +44,7 @@ def sources(*tops: str, suffixes: tuple[str, ...] = (".py",)) -> dict[str, str]:
 
 
 OURS = sources("aifactory_train")
-ALL_PYTHON = sources("aifactory_train", "benchmarks", "tests", "setup.py")
+ALL_PYTHON = sources("aifactory_train", "benchmarks", "examples", "tests", "setup.py")
 
 
 def hold(what: str, faults: list[str], do: str) -> None:

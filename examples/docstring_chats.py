@@ -1,6 +1,6 @@
 """Makes a small set of chats that every machine has: what do the functions and classes of Python's library do?
 
-    python configs/data/docstring_chats.py EXPORT FOLDER
+    python examples/docstring_chats.py EXPORT FOLDER
 
 Writes FOLDER/chats.jsonl, one question with the first sentence of a docstring as its answer per line, and
 FOLDER/tokenizer, that of the Hugging Face folder EXPORT with a chat template.
