@@ -65,6 +65,8 @@ def write_blocks(path: Path, tensors: Sequence[tuple[int, Tensor]]) -> list[str]
             while left:
                 n = os.pwrite(fd, left, at)
                 left, at = left[n:], at + n
+            # Linux begins to write these pages at once, and later does not keep them in place of training data.
+            os.posix_fadvise(fd, first, at - first, os.POSIX_FADV_DONTNEED)
             return digest.hexdigest()
 
         sums = _each_block(range(len(inside)), write)
