@@ -1,7 +1,7 @@
 """Folders of checkpoints: what has no COMMIT does not exist.
 
     checkpoints/step-00000100.tmp/    being written; removed at the next start
-    checkpoints/step-00000100/        COMMIT (JSON: sizes, checksums, model), .metadata, __<rank>_0.distcp
+    checkpoints/step-00000100/        COMMIT (JSON: sizes, sha256 of blocks, model), .metadata, __<rank>_0.distcp
 
 A save is staged by the training thread and written by another one; rank 0 commits when all ranks are done.
 """
@@ -26,6 +26,7 @@ from aifactory_train.checkpoint.dcp import Stager, State, read_tensors, write_te
 from aifactory_train.errors import AifactoryError, CheckpointError, StorageError, storage_errors
 from aifactory_train.rundir import COMMIT, committed_steps, fsync_folder, step_folder, write_atomic
 
+FORMAT = 2  # of COMMIT and of the files that it lists; 1 had pickled tensors and one sum for each file
 METADATA = ".metadata"  # which tensor lies where: torch.distributed.checkpoint writes it
 
 
@@ -38,6 +39,7 @@ class Commit:
     world_size: int
     model: dict[str, Any]
     files: dict[str, list[Any]]
+    format: int = FORMAT
 
     @property
     def n_bytes(self) -> int:
@@ -47,11 +49,19 @@ class Commit:
 def read_commit(folder: Path, step: int) -> Commit:
     path = step_folder(folder, step) / COMMIT
     try:
-        return Commit(**json.loads(path.read_text()))
+        # Format 1 did not say so.
+        commit = Commit(**{"format": 1, **json.loads(path.read_text())})
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(
             f"COMMIT of step {step} cannot be read: {error}", where=str(path), do=_drop(folder, step)
         ) from None
+    if commit.format != FORMAT:
+        raise CheckpointError(
+            f"the checkpoint of step {step} has format {commit.format}; this version reads {FORMAT}",
+            where=str(path),
+            do="go on with the version that wrote it, or start another run folder: --run RUN",
+        )
+    return commit
 
 
 def check_model(commit: Commit, model: dict[str, Any], folder: Path) -> None:
