@@ -6,6 +6,7 @@ Waiting for the disk, hashing and copying all leave the interpreter to others.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import mmap
 import os
@@ -89,23 +90,30 @@ def _gathered(first: int, stop: int, tensors: Sequence[tuple[int, Tensor]], buff
 
 
 def read_blocks(
-    path: Path, blocks: Sequence[int], sums: Sequence[str] | None, use: Callable[[int, Tensor], None]
+    path: Path,
+    blocks: Sequence[int],
+    sums: Sequence[str] | None,
+    use: Callable[[int, Tensor], None],
+    alone: bool = False,
 ) -> None:
     """Read some blocks of a file and verify them.
 
     Args:
         sums: sha256 of all its blocks; None: it has been verified.
         use: called by several threads, with the first byte of a block and its bytes, which are valid until it returns.
+        alone: no other process needs them, so the page cache, which costs a copy, is left out.
     Raises:
         OtherBytes, OSError
     """
-    fd = os.open(path, os.O_RDONLY)
+    fd = _open_direct(path) if alone else os.open(path, os.O_RDONLY)
     try:
+        n_bytes = os.fstat(fd).st_size
 
         def read(block: int, buffer: Tensor) -> None:
             first, n = block * BLOCK_BYTES, 0
+            # Whole, also at the end of the file: O_DIRECT takes no other lengths.
             view = memoryview(buffer.numpy())
-            while n < BLOCK_BYTES and (got := os.preadv(fd, [view[n:]], first + n)):
+            while n < min(BLOCK_BYTES, n_bytes - first) and (got := os.preadv(fd, [view[n:]], first + n)):
                 n += got
             if sums is not None and hashlib.sha256(view[:n]).hexdigest() != sums[block]:
                 raise OtherBytes(str(path))
@@ -114,6 +122,15 @@ def read_blocks(
         _each_block(blocks, read)
     finally:
         os.close(fd)
+
+
+def _open_direct(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDONLY | os.O_DIRECT)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return os.open(path, os.O_RDONLY)  # a file system, such as an older tmpfs, that has no other way
 
 
 def sums_of(path: Path) -> list[str]:
@@ -131,7 +148,8 @@ def _each_block(blocks: Sequence[int], work: Callable[[int, Tensor], T]) -> list
     """`work(block, buffer)` of each in turn, by threads that have a buffer of their own. Results in order."""
 
     def some(thread: int) -> list[T]:
-        # Of its own pages, which go back to the system: glibc would keep what torch.empty takes, once for each thread.
+        # Of pages of its own, as O_DIRECT wants. They go back to the system: glibc would keep what torch.empty takes,
+        # once for each thread.
         buffer = torch.frombuffer(mmap.mmap(-1, BLOCK_BYTES), dtype=torch.uint8)
         return [work(block, buffer) for block in blocks[thread::n_threads]]
 

@@ -187,7 +187,10 @@ class _Reader(dcp.FileSystemReader):
             for part in by_block[first // BLOCK_BYTES]:
                 part.take(first, data)
 
-        read_blocks(self.path / name, sorted(by_block), self.files[name][1] if self.files else None, use)
+        sums = self.files[name][1] if self.files else None
+        # In another layout several ranks of a node may each need a part of the same blocks.
+        alone = 2 * sum(part.target.nbytes for part in wanted) > len(by_block) * BLOCK_BYTES
+        read_blocks(self.path / name, sorted(by_block), sums, use, alone)
 
 
 def write_tensors(state: State, folder: Path, group: dist.ProcessGroup | None = None) -> dict[str, list[Any]]:
