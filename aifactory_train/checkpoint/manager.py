@@ -49,17 +49,20 @@ class Commit:
 def read_commit(folder: Path, step: int) -> Commit:
     path = step_folder(folder, step) / COMMIT
     try:
-        # Format 1 did not say so.
-        commit = Commit(**{"format": 1, **json.loads(path.read_text())})
+        said = dict(json.loads(path.read_text()))
+        found = said.get("format", 1)  # format 1 did not say so
+        # Another one may have other keys.
+        commit = Commit(**said) if found == FORMAT else None
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(
             f"COMMIT of step {step} cannot be read: {error}", where=str(path), do=_drop(folder, step)
         ) from None
-    if commit.format != FORMAT:
+    if commit is None:
+        age = "an older" if isinstance(found, int) and found < FORMAT else "a newer"
         raise CheckpointError(
-            f"the checkpoint of step {step} has format {commit.format}; this version reads {FORMAT}",
+            f"COMMIT of step {step} was written by {age} version: it has format {found}, this version reads {FORMAT}",
             where=str(path),
-            do="go on with the version that wrote it, or start another run folder: --run RUN",
+            do="go on with the version of aifactory-train that wrote it, or start anew: --run another folder",
         )
     return commit
 

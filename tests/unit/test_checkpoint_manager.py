@@ -49,10 +49,14 @@ def test_changed_metadata_are_refused_before_they_are_unpickled(manager, tmp_pat
         manager.check(manager.latest(), {})
 
 
-def test_a_checkpoint_of_the_format_before_is_refused_by_its_number(manager, tmp_path):
+@pytest.mark.parametrize("change, said", [({"format": None}, "an older"), ({"format": 3, "shards": []}, "a newer")])
+def test_a_checkpoint_of_another_format_is_refused_by_its_number_and_not_called_damaged(
+    manager, tmp_path, change, said
+):
     path = tmp_path / "step-00000001" / "COMMIT"
-    commit = json.loads(path.read_text())
-    del commit["format"]
-    path.write_text(json.dumps(commit))
-    with pytest.raises(CheckpointError, match="has format 1; this version reads 2"):
+    commit = json.loads(path.read_text()) | change
+    path.write_text(json.dumps({key: value for key, value in commit.items() if value is not None}))
+    with pytest.raises(CheckpointError, match=f"COMMIT of step 1 was written by {said} version") as refused:
         manager.latest()
+    assert "go on with the version of aifactory-train that wrote it" in refused.value.do
+    assert "mv " not in refused.value.do, "nothing is damaged"
