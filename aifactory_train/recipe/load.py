@@ -27,8 +27,22 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     read_options(data, Path.cwd(), origins.get(("layout", "deepspeed"), "command line"))
     if isinstance(data.get("model"), dict):
         where = origins.get(("model", "hf"), str(path))
-        data["model"] = expand(data["model"], where)
+        data["model"] = expand(_without_stale(data["model"], origins), where)
     return validate(Recipe, data, origins, str(path), RecipeError)
+
+
+def _without_stale(model: dict[str, Any], origins: dict[Key, str]) -> dict[str, Any]:
+    """Of an expanded model that was given another `hf` later: without what the config.json of the former one said."""
+    layers = {key: _layer(origins.get(("model", key), "")) for key in model}
+    if model.get("hf") is None or model.get("hf_config") is None or layers["hf_config"] in (layers["hf"], "--set"):
+        return model
+    kept = ("hf", "init_from", "trust_remote_code")
+    return {k: v for k, v in model.items() if k in kept or layers[k] != layers["hf_config"]}
+
+
+def _layer(origin: str) -> str:
+    """The file that a value is from, or --set."""
+    return "--set" if origin.startswith("--set ") else origin.rpartition(":")[0]
 
 
 def dump_recipe(recipe: Recipe) -> str:

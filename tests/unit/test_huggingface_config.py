@@ -141,6 +141,19 @@ def test_a_dumped_recipe_needs_the_folder_no_more(tmp_path):
     assert load_recipe(tmp_path / "again.yaml") == recipe
 
 
+def test_another_hf_for_a_dumped_recipe_is_read_anew(tmp_path):
+    first, other = save(tmp_path / "m", MIXTRAL), save(tmp_path / "o", LLAMA | {"initializer_range": 0.03})
+    dumped = tmp_path / "dumped.yaml"
+    dumped.write_text(dump_recipe(recipe_of(tmp_path, {"hf": str(first), "init_from": "x"})))
+    wanted = recipe_of(tmp_path, {"hf": str(other), "init_from": "x"}).model
+    assert load_recipe(dumped, [f"model.hf={other}"]).model == wanted and wanted.init_std == 0.03
+    child = tmp_path / "child.yaml"
+    child.write_text(yaml.safe_dump({"extends": dumped.name, "model": {"hf": str(other)}}))
+    assert load_recipe(child).model == wanted
+    assert load_recipe(dumped, [f"model.hf={other}", "model.init_std=0.01"]).model.init_std == 0.01
+    refusal(lambda: load_recipe(dumped, ["model.n_layers=4", f"model.hf={other}"]), "gives n_layers too")
+
+
 def test_other_keys_beside_hf_are_refused_by_name(tmp_path):
     folder = str(save(tmp_path / "m", LLAMA))
     refusal(lambda: recipe_of(tmp_path, {"hf": folder, "n_layers": 4, "hidden_size": 64}), "hidden_size, n_layers")
