@@ -19,6 +19,7 @@ from aifactory_train.plan.contract import Layout, Part, Prediction, Shape
 from aifactory_train.plan.deepspeed import refuse_conflicts
 from aifactory_train.plan.layout import (
     cp_fault,
+    data_parallel_alone,
     describe,
     fp8_fault,
     fp8_tokens_fault,
@@ -153,7 +154,7 @@ def make_ranked_plan(recipe: Recipe, machine: Machine, n_nodes: int = 1, cpu_ran
     ranking = search(recipe, machine, n_nodes, cpu_ranks)
     if ranking.chosen is None:
         raise nothing_left(recipe, machine, n_nodes, cpu_ranks, ranking)
-    shape = build_shape(recipe.model, recipe.data.seq_len_tokens)
+    shape = build_shape(recipe.model, recipe.data.seq_len_tokens, recipe.lora)
     layout = Layout.model_validate(ranking.chosen.layout.model_dump())
     if layout.engine == "deepspeed":
         refuse_conflicts(recipe, layout)
@@ -277,8 +278,10 @@ def _plainer_notes(ranking: Ranking, chosen: Candidate) -> list[str]:
 
 
 def _fp8_notes(recipe: Recipe, machine: Machine, chosen: Candidate) -> list[str]:
-    """What fp8 would bring to the chosen layout, where the device has it and the recipe leaves it open."""
+    """What fp8 would bring to the chosen layout, where device and model can have it and the recipe leaves it open."""
     if recipe.train.precision != "auto" or device_rates(machine, "fp8").peak_flops_per_s is None:
+        return []
+    if data_parallel_alone(recipe):  # adapters and the code of transformers do without fp8, too
         return []
     bf16_s = total_step_time_s(chosen.terms_s)
     fp8_layout = chosen.layout.model_copy(update={"precision": "fp8"})

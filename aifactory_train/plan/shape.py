@@ -10,6 +10,7 @@ the weights at the sizes that were published. Experts that see every token (Deep
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal, NamedTuple
@@ -27,6 +28,9 @@ FP32_BYTES = 4
 LOSS_CHUNK_TOKENS = 1024
 # Longest rows for which attention on a CPU goes in chunks that keep their weights (models/attention.py).
 CPU_CHUNKED_ROW_TOKENS = 1024
+
+# Linears of a block of our decoder; a plain MLP has no gate_proj.
+OUR_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 class Dims(NamedTuple):
@@ -110,9 +114,15 @@ def n_adapter_parameters(model: Model, lora: Lora | None) -> int:
     at = dims(model)
     sides = {"q_proj": at.d + at.q, "k_proj": at.d + at.kv, "v_proj": at.d + at.kv, "o_proj": at.q + at.d}
     if at.n_experts == 1:
-        sides |= {name: at.d + at.f for name in ("gate_proj", "up_proj", "down_proj")[3 - at.n_mlp_matrices :]}
-    names = list(sides) if lora.targets == "all-linear" else [name.rpartition(".")[2] for name in lora.targets]
+        sides |= {name: at.d + at.f for name in OUR_LINEARS[-at.n_mlp_matrices :]}
+    names = set(sides) if lora.targets == "all-linear" else {_short(name, sides) for name in lora.targets}
     return lora.rank * sum(sides.get(name, max(sides.values())) for name in names)
+
+
+def _short(name: str, known: Container[str]) -> str:
+    """q_proj of self_attn.q_proj: one linear by two names. attn.c_proj and mlp.c_proj are two, and keep theirs."""
+    last = name.rpartition(".")[2]
+    return last if last in known else name
 
 
 def n_trained_parameters(model: Model, lora: Lora | None) -> int:
@@ -149,14 +159,17 @@ def attention_flops_per_token(model: Model, seq_len_tokens: int) -> int:
     return 2 * seq_len_tokens * model.n_heads * model.head_size
 
 
-def model_flops_per_token(model: Model, seq_len_tokens: int) -> float:
+def model_flops_per_token(model: Model, seq_len_tokens: int, lora: Lora | None = None) -> float:
     """FLOPs of forward and backward per token by the convention `model_causal_v1`.
 
-    6 per matmul parameter (2 forward, 4 backward), and attention at the causal half, times 3 with the backward.
-    Recomputation is not counted; document boundaries do not lower it.
+    6 per matmul parameter (2 forward, 2 each for the gradients of its input and of itself), and attention at the causal
+    half, times 3 with the backward. With lora 4 per frozen parameter, whose own gradient nobody computes, and 6 per
+    parameter of the adapters. Recomputation is not counted; document boundaries do not lower it.
     """
     attention = 3 * attention_flops_per_token(model, seq_len_tokens) * model.n_layers
-    return float(6 * n_matmul_parameters(model) + attention)
+    if lora is None:
+        return float(6 * n_matmul_parameters(model) + attention)
+    return float(4 * n_matmul_parameters(model) + 6 * n_trained_parameters(model, lora) + attention)
 
 
 def recomputed_flops_per_token(model: Model, seq_len_tokens: int, remat: Literal["none", "selective", "full"]) -> float:
@@ -179,12 +192,12 @@ def hardware_flops_per_token(model: Model, seq_len_tokens: int, remat: Literal["
     return model_flops_per_token(model, seq_len_tokens) + recomputed_flops_per_token(model, seq_len_tokens, remat)
 
 
-def build_shape(model: Model, seq_len_tokens: int) -> Shape:
+def build_shape(model: Model, seq_len_tokens: int, lora: Lora | None = None) -> Shape:
     """The counts that stand in the plan."""
     return Shape(
         n_parameters=n_parameters(model),
         n_matmul_parameters=n_matmul_parameters(model),
-        model_flops_per_token=model_flops_per_token(model, seq_len_tokens),
+        model_flops_per_token=model_flops_per_token(model, seq_len_tokens, lora),
     )
 
 

@@ -1,5 +1,5 @@
 from aifactory_train.plan import shape
-from aifactory_train.recipe.schema import Model
+from aifactory_train.recipe.schema import Lora, Model
 
 TINY = Model(
     family="llama",
@@ -38,6 +38,22 @@ def test_flops_are_six_per_matmul_parameter_and_causal_attention_at_half():
     full_attention_forward = 2 * 2 * 64 * 4 * 4 * 3
     expected = 6 * shape.n_matmul_parameters(TINY) + 3 * full_attention_forward / 2
     assert shape.model_flops_per_token(TINY, 64) == expected
+
+
+def test_flops_with_adapters_leave_out_the_gradients_of_frozen_weights():
+    q_adapter = 3 * 2 * (8 + 16)
+    flops = shape.model_flops_per_token(TINY, 64, Lora(rank=2, alpha=4.0, targets=["q_proj"]))
+    assert flops == shape.model_flops_per_token(TINY, 64) - 2 * shape.n_matmul_parameters(TINY) + 6 * q_adapter
+    lora = Lora(rank=2, alpha=4.0)
+    assert shape.build_shape(TINY, 64, lora).model_flops_per_token == shape.model_flops_per_token(TINY, 64, lora)
+
+
+def test_a_linear_that_is_named_twice_has_one_adapter():
+    def n_weights(*targets):
+        return shape.n_adapter_parameters(TINY, Lora(rank=2, alpha=4.0, targets=list(targets)))
+
+    assert n_weights("q_proj", "self_attn.q_proj", "q_proj") == n_weights("q_proj") == 2 * (8 + 16)
+    assert n_weights("attn.c_proj", "mlp.c_proj", "attn.c_proj") == 2 * n_weights("attn.c_proj")
 
 
 def test_full_remat_adds_a_forward_of_the_blocks_but_for_down_and_selective_every_second_product():
