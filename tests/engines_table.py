@@ -18,7 +18,7 @@ WHAT: dict[str, list[dict[str, Any]]] = {
     "tensor, context and pipeline parallel": [{"tp": 2}, {"cp": 2}, {"pp": 2}],
     "copies of sharded groups (HSDP)": [{"dp_replicate": 2}],
     "fp32, bf16": [{"precision": "fp32"}, {"precision": "bf16"}],
-    "fp8": [{"precision": "fp8"}, {"precision": "fp8_rowwise"}],
+    "fp8, with our decoder": [{"precision": "fp8"}, {"precision": "fp8_rowwise"}],
     "remat none, selective, full": [{"remat": remat} for remat in ("none", "selective", "full")],
     "compiled blocks": [{"compile": True}],
     "remat by a memory budget": [{"compile": True, "remat": "budget", "remat_budget_frac": 0.5}],

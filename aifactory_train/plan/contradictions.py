@@ -7,6 +7,7 @@ from aifactory_train.machine.machine import Machine
 from aifactory_train.plan.layout import fp8_fault, fp8_tokens_fault, model_code
 from aifactory_train.plan.rates import Precision, device_rates, rate_key
 from aifactory_train.plan.search import choose_precision
+from aifactory_train.plan.shape import OUR_LINEARS
 from aifactory_train.plan.stages import V_SCHEDULES
 from aifactory_train.recipe.schema import Recipe
 
@@ -78,6 +79,22 @@ def _engine_faults(recipe: Recipe) -> list[Fault]:
             f"--set train.precision=bf16, or {to_fsdp2}",
         ),
         (
+            deepspeed and wish.pipeline_schedule not in ("auto", "1f1b"),
+            f"layout.pipeline_schedule {wish.pipeline_schedule} with deepspeed, which here has no pipeline",
+            f"--set layout.pipeline_schedule=auto, or {to_fsdp2}",
+        ),
+        (
+            stage in (1, 2) and wish.reshard_after_forward is True,
+            f"layout.reshard_after_forward true with zero_stage {stage}: only stage 3 splits parameters, so that they "
+            "can be given back after the forward pass",
+            "--set layout.reshard_after_forward=auto, or --set layout.zero_stage=3",
+        ),
+        (
+            deepspeed and (stage == 3 or wish.offload == "parameters") and wish.reshard_after_forward is False,
+            "layout.reshard_after_forward false with deepspeed's stage 3, which gives each block back after its use",
+            f"--set layout.reshard_after_forward=auto, or {to_fsdp2}",
+        ),
+        (
             wish.deepspeed is not None and not deepspeed,
             "layout.deepspeed holds options of deepspeed, and "
             + ("layout.engine is fsdp2" if fsdp2 else "layout.engine auto takes fsdp2"),
@@ -91,6 +108,8 @@ def _model_faults(recipe: Recipe) -> list[Fault]:
     wish, model, lora = recipe.layout, recipe.model, recipe.lora is not None
     axes = _given_axes(recipe, "pp", "cp", "tp")
     named = str((model.hf_config or {}).get("model_type", model.family))
+    targets = [] if recipe.lora is None or recipe.lora.targets == "all-linear" else recipe.lora.targets
+    unknown = [name for name in targets if name.rpartition(".")[2] not in OUR_LINEARS]
     why_transformers = "layout.model_code transformers" if wish.model_code == "transformers" else f"model {named}"
     or_own = ", or --set layout.model_code=own" if model.family != "other" else ""
     one_each = " ".join(f"--set layout.{axis}=1" for axis in axes.split(", "))
@@ -121,13 +140,24 @@ def _model_faults(recipe: Recipe) -> list[Fault]:
             "optim.name muon with lora: it wants whole matrices, and adapters are thin ones",
             "--set optim.name=adamw, or --set lora=null",
         ),
+        (
+            model_code(recipe) == "own" and bool(unknown),
+            f"lora.targets names {', '.join(unknown)}, and no linear of our decoder is called so; there are: "
+            f"{', '.join(OUR_LINEARS)}",
+            "--set lora.targets=all-linear, or some of these names",
+        ),
     ]
 
 
 def _fp8_faults(recipe: Recipe, machine: Machine, precision: Precision) -> list[Fault]:
-    """No units for it, or sizes that they do not take. On auto tp, cp and micro-batch count as what divides best."""
+    """Linears that stay in bf16, no units for it, or sizes that they do not take.
+
+    On auto tp, cp and micro-batch count as what divides best.
+    """
     if rate_key(precision) != "fp8":
         return []
+    foreign = model_code(recipe) == "transformers"
+    or_own = ", or --set layout.model_code=own" if recipe.model.family != "other" else ""
     unknown = device_rates(machine, "fp8").peak_flops_per_s is None
     what = f"train.precision {precision}: {machine.device.name} has no fp8 units that its machine file knows"
     least = "9.0" if precision == "fp8_rowwise" else "8.9"
@@ -140,6 +170,16 @@ def _fp8_faults(recipe: Recipe, machine: Machine, precision: Precision) -> list[
     sides = fp8_fault(recipe.model, tp)
     tokens = fp8_tokens_fault(recipe.global_batch_rows if rows == "auto" else rows, recipe.data.seq_len_tokens, cp)
     return [
+        (
+            foreign,
+            f"train.precision {precision} with the code of transformers: only the linears of our decoder go to fp8",
+            "--set train.precision=bf16" + or_own,
+        ),
+        (
+            recipe.lora is not None,
+            f"train.precision {precision} with lora: adapters are too thin for fp8 units",
+            "--set train.precision=bf16, or --set lora=null",
+        ),
         (unknown, what + needs, do),
         (
             sides is not None,

@@ -14,6 +14,8 @@ def why_not_trainable(layout: Layout) -> str | None:
         return sentence
     if layout.model_code == "transformers" and (axes := split_axes(layout)):
         return f"{axes} with model_code transformers: its own code is not split over it, only our decoder is"
+    if layout.model_code == "transformers" and layout.precision in ("fp8", "fp8_rowwise"):
+        return f"precision {layout.precision} with model_code transformers: only the linears of our decoder go to fp8"
     if layout.remat == "budget" and not (layout.compile and layout.remat_budget_frac):
         return "remat budget needs compile and remat_budget_frac: the compiler chooses what it computes again"
     if layout.pp > 1 and layout.pipeline_schedule in V_SCHEDULES:

@@ -111,6 +111,7 @@ def test_where_none_can_be_trained_the_best_is_shown_and_marked_and_launch_has_t
         ({"engine": "deepspeed", "zero_stage": 2, "offload": "parameters"}, "only stage 3 splits parameters"),
         ({"zero_stage": 2}, "fsdp2 with zero_stage 2"),
         ({"model_code": "transformers", "pp": 2, "cp": 2}, "pp 2, cp 2 with model_code transformers: its own code"),
+        ({"model_code": "transformers", "precision": "fp8"}, "precision fp8 with model_code transformers: only"),
         ({"remat": "budget", "remat_budget_frac": 0.5, "compile": False}, "remat budget needs compile"),
         ({"offload": "optimizer"}, "fsdp2 with offload optimizer"),
         ({"pp": 2, "pipeline_schedule": "zbv", "reshard_after_forward": True}, "zbv with reshard_after_forward"),
@@ -182,6 +183,8 @@ def test_fp8_is_taken_only_where_the_recipe_asks_and_the_device_has_it():
     plan = make_plan(load_recipe(LLAMA_8B, ["train.precision=auto"]), eight, n_nodes=4)
     assert plan.layout.precision == "bf16"
     assert any(note.startswith("fp8 would make this layout") for note in plan.notes)
+    theirs = ["train.precision=auto", "layout.model_code=transformers"]
+    assert not any("fp8" in note for note in make_plan(load_recipe(LLAMA_8B, theirs), eight, n_nodes=4).notes)
     assert make_plan(load_recipe(LLAMA_8B, ["train.precision=fp8"]), eight, n_nodes=4).layout.precision == "fp8"
     assert "has no fp8 units" in refusal(load_recipe(LLAMA_8B, ["train.precision=fp8"]), machine, n_nodes=4)
 
@@ -261,10 +264,30 @@ def test_70b_on_four_devices_names_the_fewest_nodes_that_hold_it():
             ["layout.deepspeed={zero_optimization: {stage: 2}}", "layout.zero_stage=1"],
             "zero_optimization.stage: the plan has 1, layout.deepspeed has 2; --set layout.zero_stage=2, or take the",
         ),
+        (["layout.zero_stage=2", "layout.pipeline_schedule=zbv"], "pipeline_schedule zbv with deepspeed, which here"),
+        (["layout.zero_stage=1", "layout.reshard_after_forward=true"], "forward true with zero_stage 1: only stage 3"),
+        (
+            ["layout.engine=deepspeed", "layout.zero_stage=3", "layout.reshard_after_forward=false"],
+            "layout.reshard_after_forward false with deepspeed's stage 3",
+        ),
+        (
+            ["layout.offload=parameters", "layout.reshard_after_forward=false"],
+            "layout.reshard_after_forward false with deepspeed's stage 3",
+        ),
+        (["layout.zero_stage=2", "layout.dp_shard=4"], "layout.dp_shard 4 with deepspeed, which splits over all 16"),
         (["layout.model_code=transformers", "layout.tp=2"], "layout.tp above 1 with layout.model_code transformers"),
         (["lora={rank: 4, alpha: 8}"], "lora without model.init_from"),
         (["lora={rank: 4, alpha: 8}", "model.init_from=x", "layout.cp=2"], "layout.cp above 1 with lora"),
         (["lora={rank: 4, alpha: 8}", "model.init_from=x", "optim.name=muon"], "optim.name muon with lora"),
+        (["lora={rank: 4, alpha: 8, targets: [o_proj, c_attn]}", "model.init_from=x"], "names c_attn, and no linear"),
+        (
+            ["lora={rank: 4, alpha: 8}", "model.init_from=x", "train.precision=fp8"],
+            "train.precision fp8 with lora: adapters are too thin for fp8 units",
+        ),
+        (
+            ["layout.model_code=transformers", "train.precision=fp8_rowwise"],
+            "train.precision fp8_rowwise with the code of transformers: only the linears of our decoder go to fp8",
+        ),
         (["layout.pipeline_schedule=interleaved-2", "layout.pp=1"], "with pp 1: there is no pipeline"),
         (
             ["layout.pipeline_schedule=dualpipev", "layout.remat=full", "train.compile=auto"],

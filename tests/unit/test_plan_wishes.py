@@ -1,4 +1,4 @@
-"""Wishes for a pipeline schedule, a form of context parallel attention, and a budget of activation memory."""
+"""Wishes for a pipeline schedule, a form of context parallel attention, a budget of activation memory, adapters."""
 
 from __future__ import annotations
 
@@ -69,3 +69,10 @@ def test_a_budget_of_activation_memory_is_kept_and_compiled_on_a_cpu_too():
     here = make_plan(load_recipe(DEMO, ["layout.remat=0.4"]), cpu()).layout
     assert (here.remat, here.compile) == ("budget", True)
     assert not make_plan(load_recipe(DEMO), cpu()).layout.compile
+
+
+def test_names_of_linears_are_compared_where_our_decoder_computes():
+    adapters = ["model.init_from=x", "lora={rank: 4, alpha: 8, targets: [self_attn.q_proj, down_proj]}"]
+    assert make_plan(load_recipe(LLAMA_8B, adapters), gpus(), n_nodes=4)
+    theirs = ["model.init_from=x", "lora={rank: 4, alpha: 8, targets: [c_attn]}", "layout.model_code=transformers"]
+    assert make_plan(load_recipe(LLAMA_8B, theirs), gpus(), n_nodes=4)
