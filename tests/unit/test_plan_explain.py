@@ -212,7 +212,9 @@ def test_what_a_machine_file_does_not_know_stands_in_the_notes_as_assumed(name):
 
 def test_the_page_says_which_code_computes_the_model_how_many_weights_work_and_how_many_are_trained():
     text = explain(*make_ranked_plan(load_recipe(LLAMA_8B), gpus(), n_nodes=4))
-    assert "our decoder computes llama models; that of transformers is counted with +" in text
+    assert "our decoder computes llama models and alone has every axis and fp8" in text
+    assert "that of transformers is counted with +" in text
+    assert "to +11.0 %: no difference is shown" in text
     asked = ["layout.model_code=transformers", "model.init_from=x", "lora={rank: 8, alpha: 16}"]
     plan, ranking = make_ranked_plan(load_recipe(LLAMA_8B, asked), gpus(), n_nodes=4)
     short = summarize(plan, ranking)
