@@ -8,10 +8,11 @@ from pathlib import Path
 
 from aifactory_train.data.shards import check_fits_model, load_prepared
 from aifactory_train.data.stage import check_staged
-from aifactory_train.errors import AifactoryError, MachineError, PlanError
+from aifactory_train.errors import AifactoryError, CheckpointError, MachineError, PlanError
 from aifactory_train.machine.machine import Machine
 from aifactory_train.machine.site import Partition, Qos, Slurm, limits_of
 from aifactory_train.plan.plan import Plan
+from aifactory_train.recipe.schema import Model
 from aifactory_train.units import format_slurm_time, parse_slurm_time_s
 
 NO_CONTAINER = "none"  # as --container, where the machine file names an image
@@ -147,10 +148,29 @@ def _data_faults(plan: Plan, recipe_path: Path) -> list[str]:
 
     hold(lambda: check_fits_model(load_prepared(recipe.data).manifest, recipe.model.vocab_size))
     hold(lambda: check_staged(recipe_path.parent))
-    weights = recipe.model.init_from
-    if weights is not None and not any(Path(weights).glob("*.safetensors")):
-        faults.append(_fault(f"no weights in model.init_from {weights}", "aifactory-train stage RECIPE --to DIR"))
+    hold(lambda: check_init_from(recipe.model))
     return faults
+
+
+def check_init_from(model: Model) -> None:
+    """Raise CheckpointError where `model.init_from` is no folder with a model; what is in its files the ranks see."""
+    if model.init_from is None:
+        return
+    folder = Path(model.init_from).expanduser()
+    if not folder.is_dir():
+        what = "no such folder"
+    elif not (folder / "config.json").is_file():
+        what = "no config.json"
+    elif not any(next(folder.glob(pattern), None) for pattern in ("*.safetensors", "pytorch_model*.bin")):
+        what = "no weights, neither *.safetensors nor pytorch_model.bin"
+    else:
+        return
+    raise CheckpointError(
+        f"model.init_from {model.init_from}: {what}",
+        where=str(folder),
+        do="--set model.init_from=FOLDER, a Hugging Face folder; for a model of the hub first: "
+        "aifactory-train stage RECIPE --to DIR",
+    )
 
 
 def refuse_job_options(options: JobOptions) -> None:

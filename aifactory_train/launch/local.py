@@ -15,13 +15,13 @@ from typing import IO, Any
 
 from aifactory_train.data.shards import check_fits_model, load_prepared
 from aifactory_train.errors import PlanError, RunFolderError, storage_errors
-from aifactory_train.launch.checks import JobOptions, refuse_job_options
+from aifactory_train.launch.checks import JobOptions, check_init_from, refuse_job_options
 from aifactory_train.launch.env import local_environment, local_variables
 from aifactory_train.launch.mpi import mpirun_command
 from aifactory_train.machine.load import write_machine
 from aifactory_train.plan.plan import Plan
 from aifactory_train.recipe.load import dump_recipe, load_recipe
-from aifactory_train.rundir import STOP_SIGNAL, RunDir, hold, is_finished, write_atomic
+from aifactory_train.rundir import STOP_SIGNAL, RunDir, committed_steps, hold, is_finished, write_atomic
 
 _CHUNK_BYTES = 1 << 16
 # mpirun's own notice that a rank has failed stands between two such lines, below the rank's message.
@@ -42,6 +42,8 @@ def launch_local(plan: Plan, run: RunDir, options: JobOptions) -> int:
     if is_finished(run, plan.recipe.n_steps):
         print(f"{run.root} is finished at step {plan.recipe.n_steps}; nothing to train")
         return 0
+    if plan.recipe.lora is not None or not committed_steps(run.checkpoints):
+        check_init_from(plan.recipe.model)
     if options.dry_run:
         print(_command_text(plan, run))
         return 0

@@ -4,18 +4,20 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from aifactory_train.errors import MachineError, RunFolderError
-from aifactory_train.launch import env
+from aifactory_train.errors import CheckpointError, MachineError, RunFolderError
+from aifactory_train.launch import env, local
 from aifactory_train.launch import submit as submitting
-from aifactory_train.launch.checks import JobOptions
+from aifactory_train.launch.checks import JobOptions, check_init_from
 from aifactory_train.launch.local import check_run_folder, without_notice, write_run_folder
 from aifactory_train.launch.mpi import find_mpirun, mpirun_command
 from aifactory_train.machine.machine import Mpi
 from aifactory_train.machine.site import Partition, Slurm
-from aifactory_train.rundir import RunDir, hold
+from aifactory_train.recipe.schema import Lora
+from aifactory_train.rundir import COMMIT, RunDir, hold, step_folder
 from results_run import a_plan
 
 RULE = b"-" * 74 + b"\n"
@@ -84,6 +86,48 @@ def test_a_folder_with_foreign_files_is_not_taken_for_a_run(tmp_path):
     (tmp_path / "thesis.txt").write_text("keep me")
     with pytest.raises(RunFolderError, match="holds files but no run"):
         check_run_folder(a_plan(), RunDir(tmp_path))
+
+
+def test_a_mistyped_init_from_is_refused_before_any_rank_starts(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model = a_plan().recipe.model
+
+    def check(name: str) -> None:
+        check_init_from(model.model_copy(update={"init_from": name}))
+
+    for what, make in (
+        ("no such folder", lambda: (tmp_path / "weights").mkdir()),
+        ("no config.json", lambda: (tmp_path / "weights" / "config.json").touch()),
+        ("no weights", lambda: (tmp_path / "weights" / "pytorch_model.bin").touch()),
+    ):
+        with pytest.raises(CheckpointError, match=f"model.init_from ~/weights: {what}"):
+            check("~/weights")
+        make()
+    check("~/weights")
+    with pytest.raises(CheckpointError, match="org/name: no such folder") as refused:
+        check("org/name")
+    assert "aifactory-train stage RECIPE --to DIR" in refused.value.do
+
+
+def test_a_launch_needs_init_from_until_there_is_a_commit_and_with_adapters_always(tmp_path, monkeypatch):
+    plan, run = a_plan(), RunDir(tmp_path / "run")
+    monkeypatch.setattr(local, "load_prepared", lambda _: SimpleNamespace(manifest=None))
+    monkeypatch.setattr(local, "check_fits_model", lambda *_: None)
+    gone = plan.recipe.model.model_copy(update={"init_from": str(tmp_path / "gone")})
+
+    def launch(lora: Lora | None) -> int:
+        recipe = plan.recipe.model_copy(update={"model": gone, "lora": lora})
+        write_run_folder(plan.model_copy(update={"recipe": recipe}), run)
+        return local.launch_local(plan.model_copy(update={"recipe": recipe}), run, JobOptions(dry_run=True))
+
+    with pytest.raises(CheckpointError, match="gone: no such folder"):
+        launch(None)
+    commit = step_folder(run.checkpoints, 3) / COMMIT
+    commit.parent.mkdir(parents=True)
+    commit.touch()
+    assert launch(None) == 0
+    with pytest.raises(CheckpointError, match="gone: no such folder"):
+        launch(Lora(rank=2, alpha=4.0))
 
 
 def test_a_run_is_not_started_twice_at_once(tmp_path):
