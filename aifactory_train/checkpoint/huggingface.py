@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -46,22 +46,53 @@ def load_weights(weights: Mapping[str, Tensor], model: Model, folder: Path) -> N
     written but `weights`, and no other rank is waited for.
 
     Args:
-        weights: by name in the model; whole, sharded (DTensor) or stretches (FlatSlice).
+        weights: by name in the model without adapters; whole, sharded (DTensor) or stretches (FlatSlice).
 
     Raises:
         CheckpointError: no such folder, another architecture, missing or truncated files, missing tensors.
     """
+    files, sources = _open(model, folder.expanduser())
+    for name, weight in weights.items():
+        source = _source_of(name, sources, files)
+        if source.converter is None:
+            _read_boxes(files, source.names[""][0], name, weight)
+        else:
+            _read_converted(files, source, name, weight)
+
+
+def check_weights(model: Model, folder: Path) -> None:
+    """Find what `load_weights` would refuse on any rank, without reading weights: for one rank, before all read.
+
+    Raises:
+        CheckpointError: as `load_weights`.
+    """
+    files, sources = _open(model, folder.expanduser())
+    files.check()
+    for name, weight in _on_meta(model).named_parameters():
+        source = _source_of(name, sources, files)
+        if source.converter is None:
+            _check_shape(name, files.shape(source.names[""][0]), weight, files.folder)
+
+
+def _open(model: Model, folder: Path) -> tuple[WeightFiles, dict[str, _Source]]:
     _check_config(model, folder)
     files = WeightFiles(folder)
-    sources = _own_sources(model, files) if model.family != "other" else _foreign_sources(model, files)
-    for given, weight in weights.items():
-        name = given.replace(".base_layer.", ".")
-        if name not in sources:
-            raise CheckpointError(f"the weights have no tensor {name}", where=str(folder), do=_DO)
-        if sources[name].converter is None:
-            _read_boxes(files, sources[name].names[""][0], name, weight)
-        else:
-            _read_converted(files, sources[name], name, weight)
+    return files, _own_sources(model, files) if model.family != "other" else _foreign_sources(model, files)
+
+
+def _source_of(name: str, sources: dict[str, _Source], files: WeightFiles) -> _Source:
+    if name not in sources:
+        raise CheckpointError(f"the weights have no tensor {name}", where=str(files.folder), do=_DO)
+    return sources[name]
+
+
+def _on_meta(model: Model) -> torch.nn.Module:
+    if model.family == "other":
+        from aifactory_train.models.hf import build_root
+
+        return cast(torch.nn.Module, build_root(model))
+    with torch.device("meta"):
+        return Decoder(model)
 
 
 def _read_boxes(files: WeightFiles, stored: str, name: str, weight: Tensor) -> None:
@@ -121,8 +152,7 @@ def _converted(files: WeightFiles, source: _Source, name: str, which: slice) -> 
 
 
 def _own_sources(model: Model, files: WeightFiles) -> dict[str, _Source]:
-    with torch.device("meta"):
-        ours = {n for n, _ in Decoder(model).named_parameters()}
+    ours = {n for n, _ in _on_meta(model).named_parameters()}
     has_prefix = any(name.startswith("model.") for name in files.file_of)
     found = {name if has_prefix or name in ours else f"model.{name}": name for name in files.file_of}
     # Older folders hold the frequencies of RoPE, and tied ones a second copy of the embedding.
@@ -189,7 +219,8 @@ def _check_buffers(root: Any, sources: dict[str, _Source], files: WeightFiles) -
 def _check_config(model: Model, folder: Path) -> None:
     path = folder / "config.json"
     if not path.exists():
-        raise CheckpointError("no config.json", where=str(folder), do="set model.init_from to a Hugging Face folder")
+        what = "no config.json" if folder.is_dir() else "no such folder of weights"
+        raise CheckpointError(what, where=str(folder), do="set model.init_from to a Hugging Face folder")
     found = read_json(path)
     wrong = _own_differences(model, found) if model.family != "other" else _foreign_differences(model, found, path)
     if wrong:

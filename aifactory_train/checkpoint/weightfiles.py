@@ -51,6 +51,12 @@ class WeightFiles:
         with self._errors(file):
             return list(self._opened(file).keys())
 
+    def check(self) -> None:
+        """Open every file, which finds one that is missing or truncated; no tensor is read."""
+        for file in sorted(set(self.file_of.values())):
+            with self._errors(file):
+                self._opened(file)
+
     def shape(self, name: str) -> tuple[int, ...]:
         file = self.file_of[name]
         with self._errors(file):

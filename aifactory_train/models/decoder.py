@@ -201,7 +201,6 @@ def init_weights(weights: Mapping[str, Tensor], model: Model, seed: int) -> None
             for view in views:
                 view.fill_(0.0 if name.endswith(".bias") else 1.0)
             continue
-        name = name.replace(".base_layer.", ".")
         # Where a rank has nothing of a weight, it makes no numbers either.
         if not views:
             continue

@@ -250,14 +250,13 @@ def fill_foreign(weights: Mapping[str, Tensor], model: Model, seed: int) -> None
     One block at a time is whole on the device: some rules of a block look into the modules below it.
     """
     root, constructed = _construct(model)
-    ours = {name.replace(".base_layer.", "."): weight for name, weight in weights.items()}
     parts = {id(block) for block in _blocks(root, model.n_layers)}
     inside = {id(m) for name, m in root.named_modules() if id(m) in parts for m in m.modules()}
     for name, module in root.named_modules():
         if id(module) in parts:
-            _fill(root, name, module, True, ours, constructed, seed)
+            _fill(root, name, module, True, weights, constructed, seed)
         elif id(module) not in inside and list(module.parameters(recurse=False)):
-            _fill(root, name, module, False, ours, constructed, seed)
+            _fill(root, name, module, False, weights, constructed, seed)
 
 
 def _blocks(root: Any, n_layers: int) -> list[nn.Module]:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from aifactory_train.checkpoint.dcp import rng_state, set_rng_state, stored_tensors
-from aifactory_train.checkpoint.huggingface import load_weights
+from aifactory_train.checkpoint.huggingface import check_weights, load_weights
 from aifactory_train.checkpoint.manager import CheckpointManager, Commit
 from aifactory_train.data.loader import Loader
 from aifactory_train.data.shards import Prepared, check_fits_model, load_prepared
@@ -120,6 +120,7 @@ def build_run(
     checkpoints = CheckpointManager(folder.checkpoints, every.keep, every.asynchronous, device, committed)
     checkpoints.together(lambda: prepared.verify(ranks.rank, ranks.world_size))
     commit = checkpoints.latest()
+    _check_weights(plan.recipe, ranks, checkpoints, fresh=commit is None)
     engine = build_engine(plan, device, fresh=commit is None)
     if commit is not None:
         resume(plan, ranks, engine, checkpoints, commit)
@@ -149,6 +150,14 @@ def _refuse(plan: Plan, device: torch.device, where: str) -> None:
     refuse_untrainable(plan.layout, where)
     refuse_old_torch(plan.layout)
     refuse_fp8(plan.layout, device)
+
+
+def _check_weights(recipe: Recipe, ranks: Ranks, checkpoints: CheckpointManager, fresh: bool) -> None:
+    """Refuse a folder of `model.init_from` once for all, before each rank reads its own part of it."""
+    if recipe.model.init_from is not None and (fresh or recipe.lora is not None):
+        folder = Path(recipe.model.init_from)
+        # Over the whole run: all ranks arrive, since all have the same plan and commit.
+        checkpoints.together(lambda: check_weights(recipe.model, folder) if ranks.rank == 0 else None)
 
 
 def _hold_folder(folder: RunDir, ranks: Ranks) -> ExitStack:

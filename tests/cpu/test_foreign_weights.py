@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from aifactory_train.checkpoint.huggingface import load_weights
+from aifactory_train.checkpoint.huggingface import check_weights, load_weights
 from aifactory_train.errors import CheckpointError, PlanError
 from aifactory_train.models.build import build_model
 from aifactory_train.models.flat import FlatSlice
@@ -82,6 +82,30 @@ def refusal(folder: Path, model: Model, *words: str) -> None:
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "apertus", "mixtral", "qwen3_moe"])
 def test_what_transformers_saves_is_read(saved, name):
     assert_loads(*saved(name))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "mixtral"])
+def test_one_rank_finds_for_all_what_another_would_meet(saved, tmp_path, name):
+    folder, _ = saved(name)
+    model = model_of(folder)
+    check_weights(model, folder)
+    with pytest.raises(CheckpointError, match="no such folder"):
+        check_weights(model, tmp_path / "nowhere")
+    first, *others = load_file(folder / "model.safetensors").items()
+    shutil.copy(folder / "config.json", tmp_path)
+    save_file(dict([first]), tmp_path / "a.safetensors")
+    save_file(dict(others), tmp_path / "b.safetensors")
+    placed = {first[0]: "a.safetensors"} | {key: "b.safetensors" for key, _ in others}
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": placed}))
+    check_weights(model, tmp_path)
+    with open(tmp_path / "b.safetensors", "rb+") as file:
+        file.truncate((tmp_path / "b.safetensors").stat().st_size - 8)
+    with pytest.raises(CheckpointError, match="b.safetensors cannot be read"):
+        check_weights(model, tmp_path)
+    index.write_text(json.dumps({"weight_map": {first[0]: "a.safetensors"}}))
+    with pytest.raises(CheckpointError, match="the weights have no tensor"):
+        check_weights(model, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt2"])
