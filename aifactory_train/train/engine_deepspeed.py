@@ -34,6 +34,7 @@ import deepspeed  # noqa: E402
 from deepspeed.accelerator import set_accelerator  # noqa: E402
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator  # noqa: E402
 from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator  # noqa: E402
+from deepspeed.runtime.config import DeepSpeedConfigError  # noqa: E402
 from deepspeed.utils import set_z3_leaf_module  # noqa: E402
 
 logging.disable(logging.NOTSET)
@@ -122,9 +123,11 @@ class DeepSpeedEngine:
         factor = lr_factor(recipe.schedule, step * recipe.train.global_batch_tokens, recipe.train.budget_tokens)
         set_lr([self.adamw], factor)
         self.engine.step()
-        # A number where it is not finite; then DeepSpeed has changed no weight.
+        # A plain number where it is not finite; then DeepSpeed has changed no weight.
         grad_norm = torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32, device=self.device)
-        return StepStats(loss_sum, n_valid_tokens, grad_norm, recipe.optim.lr * factor)
+        # DeepSpeed passes over a step whose gradients are not finite, and trains on. 0 * inf makes its loss not finite,
+        # so that the run stops at the next look, as with weights that are not finite on plain torch.
+        return StepStats(loss_sum + 0 * grad_norm, n_valid_tokens, grad_norm, recipe.optim.lr * factor)
 
     def _forward_backward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Gradients of (sum of losses / global count of valid tokens)."""
@@ -218,7 +221,7 @@ def _refused_options(plan: Plan) -> Iterator[None]:
     """Where the user gave options, what DeepSpeed says against them is a PlanError."""
     try:
         yield
-    except (ValueError, AssertionError) as error:
+    except (ValueError, TypeError, AssertionError, DeepSpeedConfigError) as error:
         if not plan.recipe.layout.deepspeed:
             raise
         refused = PlanError(

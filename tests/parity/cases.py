@@ -37,6 +37,7 @@ class Case:
     stages_per_rank: int = 1
     cp_attention: str = "all_gather"
     remat: str = "none"
+    offload: str = "none"
     compile: bool = False
     accumulate: bool = False
     reshard: bool = False
@@ -79,6 +80,7 @@ class Case:
             if getattr(self, key) != DEFAULT[key]
         ]
         words += [key for key in ("compile", "accumulate", "reshard", "reduce_each") if getattr(self, key)]
+        words += [f"offload-{self.offload}"] if self.offload != "none" else []
         words += ["rows"] if not self.documents else []
         return "-".join([*words, *([f"FAULT={self.fault}"] if self.fault else [])])
 

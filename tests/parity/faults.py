@@ -5,6 +5,7 @@ Each is made in the ranks of one case, which the comparison with one process mus
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
@@ -83,6 +84,17 @@ def _micro_batches_averaged() -> AbstractContextManager[Any]:
     )
 
 
+def _gradients_not_finite() -> AbstractContextManager[Any]:
+    import deepspeed
+
+    backward = deepspeed.DeepSpeedEngine.backward
+    return patch.object(
+        deepspeed.DeepSpeedEngine,
+        "backward",
+        lambda engine, loss, scale_wrt_gas: backward(engine, loss * math.inf, scale_wrt_gas=scale_wrt_gas),
+    )
+
+
 FAULTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "tokens_of_own_rows_counted": _replaced(engine_torch.dist, "all_reduce", _not_for_scalars),
     "shards_not_summed": lambda: patch.object(dist, "reduce_scatter_single", _own_shard),
@@ -97,5 +109,6 @@ FAULTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "half_of_the_loss": lambda: patch.object(pipeline, "_scaled_loss", _halved),
     "own_rows_in_deepspeed": _own_rows_in_deepspeed,
     "micro_batches_averaged": _micro_batches_averaged,
+    "gradients_not_finite": _gradients_not_finite,
     "tables_not_summed": lambda: patch.object(pipeline.Pipeline, "_sum_table_gradients", lambda self: None),
 }

@@ -91,6 +91,7 @@ def build_plan(case: Case) -> Plan:
         reshard_after_forward=case.reshard,
         reduce_each_micro_batch=case.reduce_each,
         remat=case.remat,
+        offload=case.offload,
         remat_budget_frac=0.5 if case.remat == "budget" else None,
         compile=case.compile,
         precision=case.precision,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 
@@ -29,6 +30,8 @@ EXACT = [
     zero(3, remat="full"),
     zero(3, 4, model="uneven"),
     zero(3, documents=False),
+    zero(2, offload="optimizer"),
+    zero(3, offload="parameters", accumulate=True),
 ]
 if os.environ.get("PARITY") == "all":
     EXACT += [zero(stage, compile=True, model="shallow", remat=r) for stage in (1, 3) for r in ("none", "full")]
@@ -42,6 +45,12 @@ WRONG = [
 
 def name(case: Case) -> str:
     return case.name
+
+
+NOT_FINITE = [
+    zero(stage, 1, precision=precision, fault="gradients_not_finite")
+    for stage, precision in ((1, "bf16"), (2, "fp32"), (3, "fp32"))
+]
 
 
 @pytest.fixture(scope="module")
@@ -69,3 +78,9 @@ def test_in_bf16_an_engine_stays_within_the_rounding_of_one_process(case: Case, 
 @pytest.mark.parametrize("case", WRONG, ids=name)
 def test_a_deliberate_fault_in_an_engine_is_seen(case: Case, runs: Runs) -> None:
     assert max(runs.difference(case)) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("case", NOT_FINITE, ids=name)
+def test_a_step_that_deepspeed_passes_over_has_a_loss_that_is_not_finite(case: Case, runs: Runs) -> None:
+    losses = [loss for loss, _ in runs.result(case.name)["curve"]]
+    assert losses and not any(math.isfinite(loss) for loss in losses), losses
