@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 from aifactory_train.errors import PlanError
@@ -48,10 +49,31 @@ NOT_THEIRS = {
     "compile": "train.compile",
     "tensor_parallel": "layout.tp",
     "sequence_parallel_size": "layout.cp",
+    "data_parallel_size": "the number of nodes",
     "pipeline": "layout.pp",
     "checkpoint": "checkpoint.every_steps",
     "data_efficiency": "data",
     "curriculum_learning": "data",
+}
+# What the engine needs as it is: DeepSpeed's own default, and why.
+NEEDED = {
+    "bf16.bf16_master_weights_and_grads": (False, "checkpoints hold float32 weights"),
+    "bf16.bf16_optimizer_states": (False, "checkpoints hold a float32 optimizer"),
+    "fp16.fp16_master_weights_and_grads": (False, "checkpoints hold float32 weights"),
+    "zero_optimization.compute_grad_norm": (True, "each logged row has the gradient norm"),
+    "zero_optimization.zenflow": (None, "the optimizer is torch's own AdamW, which steps on all gradients"),
+}
+# The top level of the JSON, as runtime/config.py of DeepSpeed 0.19.8 reads it; it ignores any other name in silence.
+TOP_LEVEL = {
+    *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
+    *("managed_gradient_accumulation", "optimizer", "scheduler", "bf16", "fp16", "torch_autocast", "data_types"),
+    *("zero_optimization", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "aio", "compile"),
+    *("communication_data_type", "seq_parallel_communication_data_type", "prescale_gradients", "disable_allgather"),
+    *("gradient_predivide_factor", "gradient_allreduce_op", "activation_checkpointing", "pipeline", "hybrid_engine"),
+    *("tensor_parallel", "expert_parallel", "use_data_before_expert_parallelism", "weight_quantization"),
+    *("data_efficiency", "dataloader_drop_last", "checkpoint", "datastates_ckpt", "vocabulary_size", "autotuning"),
+    *("steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "log_level", "timers"),
+    *("comms_logger", "flops_profiler", "tensorboard", "wandb", "csv_monitor", "comet", "disable_python_gc"),
 }
 
 
@@ -76,7 +98,7 @@ def refuse_conflicts(recipe: Recipe, layout: Layout) -> None:
     faults = conflicts(decided(recipe, layout), recipe.layout.deepspeed or {})
     if faults:
         error = PlanError(
-            "the options of DeepSpeed contradict the plan:\n    " + "\n    ".join(faults),
+            "these options of DeepSpeed cannot go with the plan:\n    " + "\n    ".join(faults),
             where="recipe: layout.deepspeed",
             do='change one of the two; "auto" is what the plan says',
         )
@@ -128,14 +150,32 @@ def defaults(n_parameters: int) -> Options:
 
 
 def conflicts(ours: Options, theirs: Options) -> list[str]:
-    """One line for each key of `theirs` that says something else than `ours`, with both values and what to type.
+    """One line for each key of `theirs` that says something else than `ours` or that DeepSpeed does not know.
 
     Args:
         ours: of `decided`.
         theirs: DeepSpeed's JSON as a user wrote it.
     """
-    return [*_differences(ours, theirs, ""), *(f"{key}: {_remove(where)}" for key, where in NOT_THEIRS.items()
-                                               if key in theirs and not _is_auto(theirs[key]))]  # fmt: skip
+    return [
+        *_differences(ours, theirs, ""),
+        *(f"{key}: {_remove(where)}" for key, where in NOT_THEIRS.items() if not _is_auto(theirs.get(key, AUTO))),
+        *(line for key, (value, why) in NEEDED.items() if (line := _not_as_needed(key, value, why, theirs))),
+        *(_unknown(key) for key in theirs if key not in TOP_LEVEL and key not in NOT_THEIRS),
+    ]
+
+
+def _not_as_needed(key: str, value: object, why: str, theirs: Options) -> str | None:
+    section, name = key.split(".")
+    inner = theirs.get(section)
+    given = inner.get(name, AUTO) if isinstance(inner, dict) else AUTO
+    if _is_auto(given) or given == value:
+        return None
+    return f"{key}: the plan has {value!r}, layout.deepspeed has {given!r}; take the key out, because {why}"
+
+
+def _unknown(key: str) -> str:
+    near = get_close_matches(key, TOP_LEVEL, n=1, cutoff=0.5)
+    return f"{key}: DeepSpeed reads no such key; " + (f"the nearest is {near[0]}" if near else "take it out")
 
 
 def _differences(ours: Options, theirs: Options, prefix: str) -> list[str]:

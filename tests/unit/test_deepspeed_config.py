@@ -13,7 +13,7 @@ import pytest
 
 from aifactory_train.errors import PlanError
 from aifactory_train.launch.env import set_local_rank
-from aifactory_train.plan.deepspeed import NOT_THEIRS, RECIPE_KEY, conflicts, decided, ds_config
+from aifactory_train.plan.deepspeed import NOT_THEIRS, RECIPE_KEY, TOP_LEVEL, conflicts, decided, ds_config
 from aifactory_train.plan.plan import Plan, make_plan
 from aifactory_train.recipe.load import load_recipe
 from plan_machines import DEMO, LLAMA_8B, cpu, gpus
@@ -111,6 +111,14 @@ def test_what_the_plan_does_not_say_the_user_says() -> None:
         ({"optimizer": {"params": {"lr": 1e-4}}}, ["optimizer.params.lr", "0.003", "0.0001", "optim.lr"]),
         ({"scheduler": {"type": "WarmupLR"}}, ["scheduler", "schedule.shape"]),
         ({"tensor_parallel": {"autotp_size": 2}}, ["tensor_parallel", "layout.tp"]),
+        ({"bf16": {"bf16_master_weights_and_grads": True}}, ["weights_and_grads", "False", "True", "float32 weights"]),
+        ({"bf16": {"bf16_optimizer_states": True}}, ["bf16_optimizer_states", "False", "True", "float32 optimizer"]),
+        ({"zero_optimization": {"zenflow": {"topk_ratio": 0.1}}}, ["zero_optimization.zenflow", "None", "topk_ratio"]),
+        ({"zero_optimization": {"compute_grad_norm": False}}, ["compute_grad_norm", "True", "False", "gradient norm"]),
+        ({"gradient_cliping": 3}, ["gradient_cliping", "no such key", "the nearest is gradient_clipping"]),
+        ({"bfloat16": {"enabled": "auto"}}, ["bfloat16", "no such key", "the nearest is bf16"]),
+        ({"progressive_layer_drop": {"enabled": True}}, ["progressive_layer_drop", "no such key"]),
+        ({"qqq": "auto"}, ["qqq", "no such key; take it out"]),
     ],
 )
 def test_a_contradiction_names_the_key_both_values_and_what_to_type(theirs: dict[str, Any], words: list[str]) -> None:
@@ -124,6 +132,52 @@ def test_a_contradiction_names_the_key_both_values_and_what_to_type(theirs: dict
 def test_all_contradictions_are_told_at_once() -> None:
     theirs = {"gradient_clipping": 2.0, "zero_optimization": {"stage": 1}, "scheduler": {"type": "OneCycle"}}
     assert len(faults_of(theirs)) == 3
+
+
+def test_what_the_engine_needs_as_it_is_may_be_said():
+    theirs = {"bf16": {"bf16_optimizer_states": False}, "zero_optimization": {"compute_grad_norm": True}}
+    assert faults_of(theirs) == []
+
+
+class Read(dict[str, Any]):
+    """Options that remember each key that was asked for."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        super().__init__(options)
+        self.asked: set[str] = set()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.asked.add(key)
+        return super().get(key, default)
+
+    def __contains__(self, key: object) -> bool:
+        self.asked.add(str(key))
+        return super().__contains__(key)
+
+    def keys(self) -> Any:  # for `key in options.keys()`
+        return self
+
+
+@pytest.mark.parametrize(
+    ("zero", "words"),
+    [({"mics_shard_size": 2}, "MiCS ZeRO-3 sharding has been removed"), ({"reduce_bucket": 5}, "reduce_bucket")],
+)
+def test_what_deepspeed_refuses_by_itself_is_an_error_of_the_recipe(zero: dict[str, Any], words: str) -> None:
+    from aifactory_train.train import engine_deepspeed
+
+    plan = demo(theirs={"zero_optimization": zero})
+    with pytest.raises(PlanError, match=words) as raised, engine_deepspeed._refused_options(plan):
+        engine_deepspeed.deepspeed.DeepSpeedConfig(ds_config(plan))
+    assert raised.value.on_every_rank and "layout.deepspeed" in raised.value.where
+
+
+def test_the_names_of_the_top_level_are_those_that_deepspeed_reads() -> None:
+    from deepspeed.runtime import config
+
+    options = Read({"train_batch_size": 1})
+    config.DeepSpeedConfig(options)
+    removed, old_name = set(config._REMOVED_TOP_LEVEL_CONFIG_KEYS), {"bfloat16"}  # only without bf16, which we give
+    assert options.asked - removed - old_name == TOP_LEVEL
 
 
 def test_every_key_that_the_plan_decides_says_where_the_recipe_says_it() -> None:
