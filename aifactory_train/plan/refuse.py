@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from aifactory_train.errors import PlanError
 from aifactory_train.machine.machine import Machine
 from aifactory_train.plan.contract import Layout
-from aifactory_train.plan.contradictions import check_kind
+from aifactory_train.plan.contradictions import asks_for_deepspeed, check_kind
 from aifactory_train.plan.layout import (
     Degrees,
     cp_fault,
@@ -41,6 +41,17 @@ def check_wishes(recipe: Recipe, machine: Machine, n_nodes: int, cpu_ranks: int)
     _check_product(recipe, machine, n_nodes, cpu_ranks)
     _check_batch(recipe, machine, per_node * n_nodes)
     check_kind(recipe, machine)
+    _check_deepspeed_ranks(recipe, machine, per_node * n_nodes)
+
+
+def _check_deepspeed_ranks(recipe: Recipe, machine: Machine, world_size: int) -> None:
+    degree = recipe.layout.dp_shard
+    if asks_for_deepspeed(recipe) and degree not in ("auto", world_size):
+        raise PlanError(
+            f"layout.dp_shard {degree} with deepspeed, which splits over all {world_size} ranks",
+            where=f"recipe {recipe.name} on machine {machine.name}",
+            do="--set layout.dp_shard=auto",
+        )
 
 
 def _check_axes(recipe: Recipe, machine: Machine, n_nodes: int, cpu_ranks: int) -> None:
