@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from aifactory_train.checkpoint.adapters import ADAPTER, open_merged, read_adapters, save_adapters
 from aifactory_train.checkpoint.dcp import State, read_tensors, stored_tensors
+from aifactory_train.checkpoint.huggingface import check_weights
 from aifactory_train.checkpoint.manager import check_model, read_commit, verify_files
 from aifactory_train.checkpoint.weightfiles import INDEX
 from aifactory_train.errors import CheckpointError, UserError, storage_errors
@@ -36,7 +38,8 @@ def export_run(run: RunDir, plan: Plan) -> str:
     replaced as a whole.
 
     Raises:
-        CheckpointError: no commit, a damaged one, or one of another model.
+        CheckpointError: no commit, a damaged one, or one of another model; for adapters also where the folder that
+            they were trained on is gone or another: export/adapter/ is written nevertheless.
     """
     model = plan.recipe.model
     dtype = DTYPES[plan.layout.precision]
@@ -56,6 +59,8 @@ def export_run(run: RunDir, plan: Plan) -> str:
     with storage_errors("exporting", run.export, "free some space and export again; the checkpoint is untouched"):
         tmp.mkdir(parents=True)
         shapes, read = _open_weights(plan, step_folder(run.checkpoints, commit.step), tmp)
+        if plan.recipe.lora is not None:
+            _check_base(model, run, commit.step, tmp)
         _write_weights(model, shapes, read, tmp, dtype)
         _write_config(model, run.tokenizer, tmp, dtype)
         write_atomic(tmp / STEP_FILE, stamp)
@@ -69,7 +74,7 @@ def _open_weights(plan: Plan, checkpoint: Path, target: Path) -> tuple[dict[str,
     recipe = plan.recipe
     if recipe.lora is not None:
         adapters = read_adapters(checkpoint)
-        save_adapters(recipe.lora, adapters, str(recipe.model.init_from), target / ADAPTER)
+        save_adapters(recipe.lora, adapters, str(Path(str(recipe.model.init_from)).expanduser()), target / ADAPTER)
         return open_merged(recipe.model, plan.layout.model_code, recipe.lora, adapters)
     stored = {k.removeprefix("model."): v for k, v in stored_tensors(checkpoint).items() if k.startswith("model.")}
 
@@ -79,6 +84,28 @@ def _open_weights(plan: Plan, checkpoint: Path, target: Path) -> tuple[dict[str,
         return part
 
     return {name: meta.size for name, meta in stored.items()}, read
+
+
+def _check_base(model: Model, run: RunDir, step: int, written: Path) -> None:
+    """Raise CheckpointError where the weights below the adapters are not there; the adapters are kept without them.
+
+    What an earlier export has merged stays.
+    """
+    base = Path(str(model.init_from)).expanduser()
+    try:
+        check_weights(model, base)
+    except CheckpointError as error:
+        kept = run.export / ADAPTER
+        shutil.rmtree(kept, ignore_errors=True)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        (written / ADAPTER).rename(kept)
+        shutil.rmtree(written)
+        raise CheckpointError(
+            f"the adapters of step {step} are in {kept}, and cannot be merged into their model: {error.what}",
+            where=error.where,
+            do=f"put the folder back at {base}, the adapters were trained on it; then: "
+            f"aifactory-train export {shlex.quote(str(run.root))}",
+        ) from None
 
 
 def _write_weights(model: Model, shapes: dict[str, torch.Size], read: _Read, target: Path, dtype: torch.dtype) -> None:

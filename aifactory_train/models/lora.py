@@ -145,14 +145,14 @@ def merge_adapters(root: nn.Module, weights: dict[str, Tensor], adapters: Mappin
 
 
 def save_adapter_config(lora: Lora, adapters: Mapping[str, Any], base: str, folder: Path) -> None:
-    """adapter_config.json as peft reads it.
+    """adapter_config.json as peft reads it. Full names, because peft takes each linear whose name ends in one given.
 
     Args:
         adapters: by name.
         base: folder or hub id of the model that they change.
     """
-    linears = {name.partition(".lora_")[0].rpartition(".")[2] for name in adapters}
-    _config(lora, sorted(linears), base).save_pretrained(folder)
+    linears = sorted({name.partition(".lora_")[0] for name in adapters})
+    _config(lora, linears, base).save_pretrained(folder)
 
 
 def peft_name(name: str) -> str:

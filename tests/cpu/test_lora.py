@@ -15,6 +15,7 @@ import torch
 import lora_ranks
 from aifactory_train.checkpoint.adapters import open_merged, save_adapters
 from aifactory_train.checkpoint.dcp import stored_tensors
+from aifactory_train.checkpoint.export import export_run
 from aifactory_train.checkpoint.manager import check_model, read_commit
 from aifactory_train.data.loader import Batch, Loader
 from aifactory_train.data.packing import IGNORE
@@ -245,6 +246,46 @@ def test_linears_that_are_stored_the_other_way_and_stacked_experts_are_merged_to
     with torch.no_grad():
         ours = plain.root(torch.arange(3, 83).view(2, 40))
     torch.testing.assert_close(ours, logits(adapted.eval()), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("targets", [["attn.c_proj"], ["h.1.attn.c_attn", "mlp.c_fc"]], ids=str)
+def test_peft_puts_adapters_on_the_same_linears_as_were_trained(tmp_path: Path, targets: list[str]) -> None:
+    """GPT-2 has two linears of one name in a block, and one layer alone may be named."""
+    from peft import PeftModel
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder, lora = str(tmp_path / "base"), Lora(rank=4, alpha=8.0, targets=targets)
+    config = AutoConfig.for_model("gpt2", n_embd=32, n_layer=3, n_head=4, n_positions=64, vocab_size=96)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    model = Model.model_validate(expand({"hf": folder, "init_from": folder}, "here"))
+    with torch.device("meta"):
+        parts = build_model(model, "transformers")
+        apply_lora(parts, lora)
+    _, empty = split_weights(dict(parts.root.named_parameters()))
+    save_adapters(
+        lora, {name: torch.ones(weight.shape) for name, weight in empty.items()}, folder, tmp_path / "adapter"
+    )
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), tmp_path / "adapter")
+    theirs = {name for name, _ in adapted.named_parameters() if ".lora_" in name}
+    assert theirs == {f"base_model.model.{name}" for name in empty}
+
+
+def test_where_the_model_below_is_gone_the_adapter_is_exported_alone(runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs / "one", tmp_path / "one", ignore=shutil.ignore_patterns("export"))
+    run, plan = RunDir(tmp_path / "one"), load_plan(RunDir(runs / "one").plan)
+    base = RunDir(runs / "base").export
+    base.rename(tmp_path / "elsewhere")
+    try:
+        for _ in range(2):
+            with pytest.raises(CheckpointError, match="cannot be merged .*: no such folder") as refused:
+                export_run(run, plan)
+            assert f"put the folder back at {base}, the adapters were trained on it" in refused.value.do
+            assert [path.name for path in run.export.iterdir()] == ["adapter"]
+    finally:
+        (tmp_path / "elsewhere").rename(base)
+    written = (RunDir(runs / "one").export / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert (run.export / "adapter" / "adapter_model.safetensors").read_bytes() == written
+    assert export_run(run, plan).startswith("exported step") and (run.export / "model.safetensors").exists()
 
 
 def batches(runs: Path, name: str, rank: int, n_ranks: int) -> list[Batch]:
