@@ -134,7 +134,7 @@ def test_all_contradictions_are_told_at_once() -> None:
     assert len(faults_of(theirs)) == 3
 
 
-def test_what_the_engine_needs_as_it_is_may_be_said():
+def test_what_the_engine_needs_as_it_is_may_be_said() -> None:
     theirs = {"bf16": {"bf16_optimizer_states": False}, "zero_optimization": {"compute_grad_norm": True}}
     assert faults_of(theirs) == []
 
