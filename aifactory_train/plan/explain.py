@@ -170,14 +170,16 @@ def _layout_rows(plan: Plan) -> list[tuple[str, str]]:
     }
     remat = f"{layout.remat_budget_frac:g}" if layout.remat == "budget" else layout.remat
     gathered = "block by block" if layout.reshard_after_forward else "once for forward and backward"
+    engine: str = layout.engine
     if layout.engine == "deepspeed":
+        engine = f"deepspeed zero_stage {layout.zero_stage}"
         gathered = {1: "never split", 2: "never split, gradients are", 3: "block by block"}[layout.zero_stage]
     summed = "reduced in each micro-batch" if layout.reduce_each_micro_batch else "added up whole, reduced once a step"
     who = _plural(layout.dp, "rank" if layout.dp == layout.world_size else "replica")
     micro = f"{layout.accumulation} micro-batch{'es' * (layout.accumulation > 1)} of"
     batch = f"{who} x {micro} {_plural(layout.micro_batch_rows, 'row')}"
     return [
-        ("layout", f"{axes}, {layout.engine}, {layout.precision}{', compiled' if layout.compile else ''}"),
+        ("layout", f"{axes}, {engine}, {layout.precision}{', compiled' if layout.compile else ''}"),
         ("batch", f"{rows} rows of {seq} tokens = {batch}, remat {remat}"),
         ("parameters", f"gathered {gathered}" if layout.shard_degree > 1 else "whole on each rank"),
         ("activations", kept[layout.remat]),

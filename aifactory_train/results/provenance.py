@@ -10,7 +10,7 @@ from typing import Any
 
 from aifactory_train.machine.probe import cpu_name
 
-PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "mpi4py", "numpy", "pydantic")
+PACKAGES = ("torch", "deepspeed", "peft", "transformers", "datasets", "tokenizers", "mpi4py", "numpy", "pydantic")
 _PACKAGE_DIR = Path(__file__).resolve().parent.parent
 # What decides a run; a changed README or a new measurement does not make the code another one.
 _CODE = ("aifactory_train", "configs", "launchers", "setup.py", "constraints.txt")

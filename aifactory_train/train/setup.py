@@ -110,7 +110,6 @@ def build_run(
     events = read_jsonl(folder.events)
     attempt = 1 + sum(e["event"] == "start" for e in events)
     deadline = _build_deadline(plan, ranks, events)
-    notes: list[str] = []
 
     def committed(commit: Commit, seconds: float) -> None:
         deadline.add_save(seconds)
@@ -124,7 +123,6 @@ def build_run(
     engine = build_engine(plan, device, fresh=commit is None)
     if commit is not None:
         resume(plan, ranks, engine, checkpoints, commit)
-        notes.append(f"resumed at step {commit.step} from {step_folder(folder.checkpoints, commit.step)}")
     loader = build_loader(plan, ranks, prepared, pin_memory=device.type == "cuda")
     first_step = commit.step if commit else 0
     if first_step < plan.recipe.n_steps:
@@ -138,7 +136,7 @@ def build_run(
             shutil.copytree(prepared.tokenizer_dir, folder.tokenizer, dirs_exist_ok=True)
         _log_start(folder, plan, prepared, hosts, device, attempt, first_step)
         sinks = Sinks(folder, plan, first_step, bar_columns)
-        for note in [_headline(plan, device), prepared.describe(), *notes]:
+        for note in (_headline(plan, device), prepared.describe(), _origin(plan.recipe, folder, commit)):
             sinks.note(note)
     meter = Meter(plan, device, attempt)
     stop = StopAgreement(stop_flag)
@@ -353,12 +351,20 @@ def _log_start(
     )
 
 
+def _origin(recipe: Recipe, folder: RunDir, commit: Commit | None) -> str:
+    """Where the weights come from: one who names `hf: FOLDER` may expect those of the folder."""
+    if commit is not None:
+        return f"resumed at step {commit.step} from {step_folder(folder.checkpoints, commit.step)}"
+    return f"weights: {recipe.model.init_from or 'random; model.init_from: FOLDER takes those of a folder'}"
+
+
 def _headline(plan: Plan, device: torch.device) -> str:
     layout, predicted = plan.layout, plan.predicted
     bound = "at least " if None in predicted.step_time_s.values() and predicted.run_time_s is not None else ""
+    engine = f"deepspeed ZeRO {layout.zero_stage}" if layout.engine == "deepspeed" else layout.engine
     return (
-        f"{plan.recipe.name}: {format_count(plan.shape.n_parameters)} parameters, {layout.world_size} ranks on "
-        f"{device.type}, {layout.precision}, {layout.accumulation} x {layout.micro_batch_rows} rows a rank; "
+        f"{plan.recipe.name}: {format_count(plan.shape.n_parameters)} parameters, {layout.world_size} rank(s) on "
+        f"{device.type}, {engine}, {layout.precision}, {layout.accumulation} x {layout.micro_batch_rows} rows a rank; "
         f"predicted: peak {format_bytes(predicted.peak_memory_bytes)}, "
         f"step {bound}{format_seconds(predicted.total_step_time_s)}, run {bound}{format_seconds(predicted.run_time_s)}"
     )
