@@ -50,6 +50,12 @@ class Engine(Protocol):
     def close(self) -> None: ...
 
 
+def on_device(batch: Batch, rows: slice, device: torch.device) -> list[Tensor | None]:
+    """(input, target, document, position) of some rows, (B, T) each, on the device; the copies may be under way."""
+    tensors = (batch.input_BT, batch.target_BT, batch.document_BT, batch.position_BT)
+    return [None if t is None else t[rows].to(device, non_blocking=True) for t in tensors]
+
+
 @contextmanager
 def memory_errors(plan: Plan, device: torch.device) -> Iterator[None]:
     """Turn out-of-memory on the device into a TrainingFault that says what to change."""

@@ -25,7 +25,7 @@ from aifactory_train.models.parts import DTYPES, ModelParts
 from aifactory_train.parallel.remat import apply_remat
 from aifactory_train.plan.deepspeed import Options, ds_config
 from aifactory_train.plan.plan import Plan
-from aifactory_train.train.engine import StepStats, memory_errors
+from aifactory_train.train.engine import StepStats, memory_errors, on_device
 from aifactory_train.train.optim import build_optimizers, lr_factor, set_lr
 
 # Its import looks for a device and says on stdout which one it took; the plan says it here.
@@ -140,7 +140,7 @@ class DeepSpeedEngine:
         n_rows, rows = batch.input_BT.shape[0], self.plan.layout.micro_batch_rows
         for start in range(0, n_rows, rows):
             self.engine.set_gradient_accumulation_boundary(start + rows >= n_rows)
-            loss = self.engine(*_tensors(batch, slice(start, start + rows), self.device))
+            loss = self.engine(*on_device(batch, slice(start, start + rows), self.device))
             self.engine.backward(loss * scale, scale_wrt_gas=False)
             loss_sum += loss.detach()
         return loss_sum, n_valid_tokens
@@ -231,12 +231,6 @@ def _refused_options(plan: Plan) -> Iterator[None]:
         )
         refused.on_every_rank = True  # all ranks read the same plan
         raise refused from None
-
-
-def _tensors(batch: Batch, rows: slice, device: torch.device) -> list[Tensor | None]:
-    """(input, target, document, position) of some rows on the device."""
-    tensors = (batch.input_BT, batch.target_BT, batch.document_BT, batch.position_BT)
-    return [None if t is None else t[rows].to(device, non_blocking=True) for t in tensors]
 
 
 def _apply(parts: ModelParts, plan: Plan) -> None:

@@ -14,7 +14,7 @@ from aifactory_train.models.parts import DTYPES, ModelParts, is_on_each_rank, lo
 from aifactory_train.parallel.context import local_tokens
 from aifactory_train.parallel.mesh import Mesh
 from aifactory_train.plan.plan import Plan
-from aifactory_train.train.engine import StepStats, memory_errors
+from aifactory_train.train.engine import StepStats, memory_errors, on_device
 from aifactory_train.train.optim import build_optimizers, build_state, lr_factor, set_lr
 
 if TYPE_CHECKING:
@@ -107,9 +107,7 @@ class TorchEngine:
         Documents stay whole: a mask needs those of the keys, too. A stage of a pipeline that does not see token numbers
         needs positions.
         """
-        tensors = (batch.input_BT, batch.target_BT, batch.document_BT, batch.position_BT)
-        moved = [None if t is None else t[rows].to(self.device, non_blocking=True) for t in tensors]
-        input_BT, target_BT, document_BT, position_BT = moved
+        input_BT, target_BT, document_BT, position_BT = on_device(batch, rows, self.device)
         if position_BT is None and (self.plan.layout.cp > 1 or self.pipeline is not None):
             position_BT = torch.arange(input_BT.shape[1], device=self.device).expand_as(input_BT)
         if self.plan.layout.cp > 1:

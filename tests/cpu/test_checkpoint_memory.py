@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import traceback
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +16,7 @@ from aifactory_train.checkpoint.blocks import BLOCK_BYTES
 from aifactory_train.checkpoint.dcp import Stager, read_tensors, write_tensors
 from aifactory_train.checkpoint.manager import CheckpointManager
 from aifactory_train.models.flat import FlatSlice
+from gloo_forks import on_forks
 
 RANKS = 4
 SHAPE = (2048, 2048)  # 16 MiB, as large as a block
@@ -87,29 +85,13 @@ def growth_bytes(work: Callable[[], object]) -> int:
 
 def on_ranks(folder: Path, work: Callable[[int, CheckpointManager], int]) -> list[int]:
     """What `work` returns on each of some forks with a process group."""
-    (folder / "store").unlink(missing_ok=True)
-    pids = []
-    for rank in range(RANKS):
-        pid = os.fork()
-        if pid == 0:
-            code = 1
-            try:
-                torch.set_num_threads(1)
-                store = dist.FileStore(str(folder / "store"), RANKS)
-                limit = timedelta(seconds=120)
-                dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS, timeout=limit)
-                manager = CheckpointManager(folder / "checkpoints", 2, True, torch.device("cpu"))
-                _warm_up(manager)
-                (folder / f"grew-{rank}").write_text(str(work(rank, manager)))
-                dist.barrier()  # axis: all; nobody leaves while others still talk to it
-                code = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(code)
-        pids.append(pid)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
-    assert codes == [0] * RANKS
+
+    def measured(rank: int) -> None:
+        manager = CheckpointManager(folder / "checkpoints", 2, True, torch.device("cpu"))
+        _warm_up(manager)
+        (folder / f"grew-{rank}").write_text(str(work(rank, manager)))
+
+    on_forks(folder, RANKS, measured)
     return [int((folder / f"grew-{rank}").read_text()) for rank in range(RANKS)]
 
 

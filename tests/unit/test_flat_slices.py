@@ -1,8 +1,6 @@
 """A stretch of a flattened tensor as boxes, and through a checkpoint."""
 
 import itertools
-import os
-import traceback
 
 import pytest
 import torch
@@ -13,6 +11,7 @@ from torch.distributed.tensor import DTensor, Shard
 from aifactory_train.checkpoint.dcp import Stager, read_tensors, write_tensors
 from aifactory_train.models.flat import FlatSlice
 from aifactory_train.models.parts import copy_into
+from gloo_forks import on_forks
 
 
 @pytest.mark.parametrize("shape", [(), (7,), (3, 4), (2, 3, 4), (1, 1, 5), (4, 1, 2)])
@@ -61,28 +60,6 @@ def test_a_staged_stretch_does_not_follow_the_original():
     assert torch.equal(staged["exp_avg"].local_X, torch.arange(2.0, 9.0)) and staged["step"] == 1
 
 
-def on_two_ranks(folder, work):
-    """Run work(rank) on two forks with a process group."""
-    pids = []
-    for rank in range(2):
-        pid = os.fork()
-        if pid == 0:
-            code = 1
-            try:
-                torch.set_num_threads(1)
-                store = dist.FileStore(str(folder / "store"), 2)
-                dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
-                work(rank)
-                dist.barrier()
-                code = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(code)
-        pids.append(pid)
-    assert [os.waitpid(pid, 0)[1] for pid in pids] == [0, 0]
-
-
 def test_what_two_ranks_save_as_stretches_is_read_as_shards_whole_or_as_other_stretches(tmp_path):
     shape, n_elements = (6, 5), 30
     whole = torch.arange(float(n_elements)).view(shape)
@@ -110,4 +87,4 @@ def test_what_two_ranks_save_as_stretches_is_read_as_shards_whole_or_as_other_st
             read_tensors({"w": other}, tmp_path / "saved", group)
             assert torch.equal(other.local_X, expected), cut
 
-    on_two_ranks(tmp_path, work)
+    on_forks(tmp_path, 2, work)
