@@ -23,6 +23,8 @@ BLOCK_BYTES = 1 << 24
 # Where tensors begin in a file. It divides a block, so that no element lies in two.
 ALIGN_BYTES = 64
 _THREADS = 4
+# O_DIRECT takes whole sectors of the disk only; 4 KiB is the largest in use.
+_DISK_BYTES = 4096
 
 T = TypeVar("T")
 
@@ -54,39 +56,36 @@ def write_blocks(path: Path, tensors: Sequence[tuple[int, Tensor]]) -> list[str]
     for start, tensor in tensors:
         for block in blocks_of(start, start + tensor.numel()):
             inside[block].append((start, tensor))
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    fd = _open_direct(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     try:
+        # Some file systems let only one thread at a time make a file longer.
+        os.ftruncate(fd, n_bytes)
 
         def write(block: int, buffer: Tensor) -> str:
             first = block * BLOCK_BYTES
-            data = _gathered(first, min(first + BLOCK_BYTES, n_bytes), inside[block], buffer)
-            left = memoryview(data.numpy())
-            digest = hashlib.sha256(left)
-            at = first
+            n = min(BLOCK_BYTES, n_bytes - first)
+            _gather(first, buffer[:n].zero_(), inside[block])
+            data = memoryview(buffer.numpy())
+            digest = hashlib.sha256(data[:n])
+            left, at = data[: -(-n // _DISK_BYTES) * _DISK_BYTES], first
             while left:
-                n = os.pwrite(fd, left, at)
-                left, at = left[n:], at + n
-            # Linux begins to write these pages at once, and later does not keep them in place of training data.
-            os.posix_fadvise(fd, first, at - first, os.POSIX_FADV_DONTNEED)
+                done = os.pwrite(fd, left, at)
+                left, at = left[done:], at + done
             return digest.hexdigest()
 
         sums = _each_block(range(len(inside)), write)
+        os.ftruncate(fd, n_bytes)
         os.fsync(fd)
     finally:
         os.close(fd)
     return sums
 
 
-def _gathered(first: int, stop: int, tensors: Sequence[tuple[int, Tensor]], buffer: Tensor) -> Tensor:
-    """Bytes first..stop of a file, in host memory: a view where one tensor there has all of them."""
-    start, tensor = tensors[0]
-    if start <= first and stop <= start + tensor.numel() and tensor.is_cpu:
-        return tensor[first - start : stop - start]
-    data = buffer[: stop - first].zero_()
+def _gather(first: int, data: Tensor, tensors: Sequence[tuple[int, Tensor]]) -> None:
+    """Fill the bytes of a file from `first` on."""
     for start, tensor in tensors:
-        a, b = max(start, first), min(start + tensor.numel(), stop)
+        a, b = max(start, first), min(start + tensor.numel(), first + data.numel())
         data[a - first : b - first].copy_(tensor[a - start : b - start])
-    return data
 
 
 def read_blocks(
@@ -105,7 +104,7 @@ def read_blocks(
     Raises:
         OtherBytes, OSError
     """
-    fd = _open_direct(path) if alone else os.open(path, os.O_RDONLY)
+    fd = _open_direct(path, os.O_RDONLY) if alone else os.open(path, os.O_RDONLY)
     try:
         n_bytes = os.fstat(fd).st_size
 
@@ -124,13 +123,14 @@ def read_blocks(
         os.close(fd)
 
 
-def _open_direct(path: Path) -> int:
+def _open_direct(path: Path, flags: int) -> int:
+    """Past the page cache: no copy into it, and none of its pages to be found while the job needs its memory."""
     try:
-        return os.open(path, os.O_RDONLY | os.O_DIRECT)
+        return os.open(path, flags | os.O_DIRECT, 0o644)
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
-        return os.open(path, os.O_RDONLY)  # a file system, such as an older tmpfs, that has no other way
+        return os.open(path, flags, 0o644)  # a file system, such as an older tmpfs, that has no other way
 
 
 def sums_of(path: Path) -> list[str]:
