@@ -1,9 +1,10 @@
 """How fast a checkpoint is written and read, beside the disk's own rate by dd, measured in turns on one machine.
 
 A state of float32 weights and two Adam moments is saved and committed by CheckpointManager (on disk, with all sums),
-and loaded (with all sums verified). dd writes as many random bytes (fsync at the end) in as many processes as there are
-ranks, and reads the files of the checkpoint. Nothing is in the page cache before a read. Turns alternate ABBA; the
-first round does not count. Writes benchmarks/results/checkpoint-speed-DATE.json and prints as its last lines
+and loaded (with all sums verified). dd writes as many random bytes in as many processes as there are ranks, and reads
+the files of the checkpoint. Both go past the page cache (O_DIRECT), whose pages may be dearer than the disk: on a
+virtual machine the first that needs them waits for its host. Turns alternate ABBA; the first round does not count.
+Writes benchmarks/results/checkpoint-speed-DATE.json and prints as its last lines
 `save_to_dd RATIO low LOW high HIGH` and the same of load.
 """
 
@@ -70,7 +71,7 @@ def dd_write(source: Path, file: Path, n_blocks: int) -> str:
     for start in range(0, n_blocks, SOURCE_BLOCKS):
         count = min(SOURCE_BLOCKS, n_blocks - start)
         how = "notrunc" if start + count < n_blocks else "notrunc,fsync"
-        lines.append(f"dd if={source} of={file} bs={DD_BYTES} count={count} seek={start} conv={how}")
+        lines.append(f"dd if={source} of={file} bs={DD_BYTES} count={count} seek={start} oflag=direct conv={how}")
     return "\n".join(lines)
 
 
