@@ -16,9 +16,9 @@ FLOOR = {
     **dict.fromkeys(("errors", "units", "rundir", "strictyaml", "hostlist"), 0),
     **dict.fromkeys(("recipe", "machine"), 1),
     "plan": 2,
-    **dict.fromkeys(("launch", "results", "data", "models", "metrics"), 3),
+    **dict.fromkeys(("launch", "results", "bench", "data", "models", "metrics"), 3),
     **dict.fromkeys(("parallel", "checkpoint", "faults"), 4),
-    "train": 5,
+    **dict.fromkeys(("train", "measure"), 5),
     **dict.fromkeys(("cli", "__main__"), 6),
 }
 
@@ -28,14 +28,16 @@ NEVER = {
     "machine": {"recipe"},
     "plan": {"machine.probe"},
     "launch": {"results", "train"},
-    "results": {"launch", "train"},
+    "results": {"launch", "bench", "train"},
+    "bench": {"launch", "data", "models", "metrics"},
     "data": {"plan"},
     "models": {"launch", "metrics"},
     "metrics": {"launch", "models"},
     "parallel": {"launch", "data", "checkpoint", "faults"},
     "checkpoint": {"launch", "data", "parallel", "faults"},
     "faults": {"launch", "data", "parallel", "checkpoint"},
-    "train": {"launch"},
+    "train": {"launch", "measure"},
+    "measure": {"launch"},
     "cli": set(),
 }
 
@@ -44,11 +46,23 @@ ONLY_IN = {
     "transformers": {"models/hf.py", "data/tokenize.py", "checkpoint/export.py", "checkpoint/huggingface.py"},
     "deepspeed": {"train/engine_deepspeed.py"},
     "wandb": {"metrics/sinks.py"},
-    "mpi4py": {"train/ranks.py"},
+    "mpi4py": {"train/ranks.py", "measure/control.py"},
     "torchao": {"parallel/precision.py"},
     "peft": {"models/lora.py"},
 }
-TORCH_NEVER = {"errors", "units", "rundir", "strictyaml", "hostlist", "recipe", "machine", "plan", "launch", "results"}
+TORCH_NEVER = {
+    "errors",
+    "units",
+    "rundir",
+    "strictyaml",
+    "hostlist",
+    "recipe",
+    "machine",
+    "plan",
+    "launch",
+    "results",
+    "bench",
+}
 TORCH_LAZILY = {"data", "cli"}
 
 READS_ENVIRONMENT = "aifactory_train/train/ranks.py"

@@ -28,6 +28,7 @@ FLOORS_WITHOUT_TORCH = (
     "plan",
     "launch",
     "results",
+    "bench",
     "data",
 )
 

@@ -1,0 +1,1 @@
+"""Benchmark results: statistics, records, references, verdicts and their pages. No torch; measure/ has the clocks."""
