@@ -69,7 +69,7 @@ def build_chart(
     known = {name: value for name, value in (levels or {}).items() if value is not None}
     xs, ys = [x for x, _ in points], [y for _, y in points]
     low, high = min([*ys, *known.values()]), max([*ys, *known.values()])
-    y_low, y_high, y_values = _axis(0.0 if from_zero else low, high, base)
+    y_low, y_high, y_values = round_axis(0.0 if from_zero else low, high, base)
     x_high = max(1, *xs)
 
     def x_place(x: float) -> float:
@@ -81,7 +81,7 @@ def build_chart(
     def path(curve: list[Point]) -> str:
         return " ".join(f"{x_place(x)},{y_place(y)}" for x, y in thin(curve))
 
-    _, _, x_values = _axis(0, x_high, 10)
+    _, _, x_values = round_axis(0, x_high, 10)
     steps = [c for c in commits or [] if c <= x_high]
     return Chart(
         title=title,
@@ -93,7 +93,7 @@ def build_chart(
         x_ticks=[
             Tick(x_place(x), f"{x:,.0f}" if x else "step 0") for x in x_values if x <= x_high and float(x).is_integer()
         ],
-        y_ticks=[Tick(y_place(y), _short(label(y))) for y in y_values],
+        y_ticks=[Tick(y_place(y), short_label(label(y))) for y in y_values],
         marks=[Tick(x_place(s), f"attempt {a}") for a, s in (resumes or {}).items() if 0 < s <= x_high],
         dots=[x_place(s) for s in steps[:: max(1, len(steps) // MAX_DOTS)]],
     )
@@ -124,7 +124,7 @@ def running_mean(points: list[Point]) -> list[Point]:
     return means
 
 
-def _axis(low: float, high: float, base: int) -> tuple[float, float, list[float]]:
+def round_axis(low: float, high: float, base: int) -> tuple[float, float, list[float]]:
     """Ends and ticks of an axis that holds low..high; ticks are round numbers."""
     if high <= low:
         high = low + (abs(low) or 1.0)
@@ -136,6 +136,6 @@ def _axis(low: float, high: float, base: int) -> tuple[float, float, list[float]
     return first * step, last * step, [i * step for i in range(first, last + 1)]
 
 
-def _short(text: str) -> str:
+def short_label(text: str) -> str:
     """ "4.00 GiB" -> "4 GiB", "2.50 s" -> "2.5 s"."""
     return re.sub(r"(\.\d*?)0+(?=\s|$)", r"\1", text).replace(". ", " ").rstrip(".")

@@ -1,13 +1,6 @@
-"""The report's page as a jinja2 template: no script, no link, no font from elsewhere."""
+"""The pages of reports as jinja2 templates: no script, no link, no font from elsewhere."""
 
-PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>{{ title }} &ndash; training report</title>
-<style>
+_STYLE = """\
 :root { color-scheme: light dark; --paper: #fbfaf7; --card: #ffffff; --ink: #1f2328; --soft: #656b73; --line: #e4e1da;
   --curve: #1c5d99; --level: #b4562a; --mark: #7a6ca8; --good: #3b7d4f; }
 @media (prefers-color-scheme: dark) { :root { --paper: #15171a; --card: #1c1f23; --ink: #e3e5e8; --soft: #969da6;
@@ -73,9 +66,27 @@ ul { margin: 12px 0 0; padding-left: 20px; font-size: 14.5px; }
   .tiles { grid-template-columns: 1fr 1fr; } .tile { padding: 11px 12px; } .tile b { font-size: 19px; }
   .plot { margin-left: 58px; } .wide .plot { height: 230px; } .bar { grid-template-columns: 116px 1fr 72px; } }
 @media print { body { background: none; } .tile, .card { break-inside: avoid; } }
-</style>
+"""
+
+
+def head(kind: str, more_style: str = "") -> str:
+    """Everything before the body of a page that gets `title`; `more_style` is CSS of one kind of page only."""
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<title>{{{{ title }}}} &ndash; {kind}</title>
+<style>
+{_STYLE}{more_style}</style>
 </head>
-<body>
+"""
+
+
+PAGE = (
+    head("training report")
+    + """<body>
 {% macro plot(c, wide=false) %}
 <figure class="card{{ ' wide' if wide }}" style="margin:0">
 <div class="head"><h3>{{ c.title }}</h3><span class="soft small">{{ c.note }}</span></div>
@@ -150,3 +161,4 @@ ul { margin: 12px 0 0; padding-left: 20px; font-size: 14.5px; }
 </body>
 </html>
 """
+)
