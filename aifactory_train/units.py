@@ -112,6 +112,30 @@ def format_difference(value: float | None) -> str:
     return "unknown" if value is None else f"{value * 100:+.1f} %".replace("-", "\N{MINUS SIGN}")
 
 
+def format_quantity(value: float | None, unit: str) -> str:
+    """1.2e11, "B/s" -> "120 GB/s": a value in the base unit that is named beside it."""
+    if value is None:
+        return "unknown"
+    match unit:
+        case "s":
+            return format_seconds(value)
+        case "B":
+            return format_bytes(value)
+        case "B/s":
+            return format_bytes_per_s(value)
+        case "FLOP/s":
+            return format_flops_per_s(value)
+        case "1":
+            return format_fraction(value)
+        case "W":
+            return format_watts(value)
+        case "J":
+            return format_kwh(value / 3.6e6)
+    if unit.endswith("/s"):
+        return format_rate(value, unit.removesuffix("/s"))
+    return f"{value:,.4g} {unit}"
+
+
 def format_slurm_time(seconds: float) -> str:
     """90000 -> "1-01:00:00", as sbatch --time takes it."""
     total = int(seconds)
