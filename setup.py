@@ -119,6 +119,9 @@ setup(
             "setuptools",
             "scipy",
             "torchao",
+            "reframe-hpc",
+            "prometheus_client",
+            "jsonschema",
         ],
     },
     classifiers=[
