@@ -11,11 +11,15 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from aifactory_train.faults.stopflag import StopFlag
-from aifactory_train.plan.plan import load_plan
+from aifactory_train.launch.local import write_run_folder
+from aifactory_train.plan.contract import Layout
+from aifactory_train.plan.plan import Plan, load_plan
 from aifactory_train.rundir import RunDir
 from aifactory_train.train.start import start
 from training_runs import free_port
@@ -50,7 +54,25 @@ def train(run: Path) -> list[int]:
     return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
 
 
+def in_forks(plans: Mapping[str, Plan], folder: Path) -> dict[str, list[int]]:
+    """Train each plan in a run folder of its name below `folder`. The exit codes of its ranks."""
+    for name, plan in plans.items():
+        write_run_folder(plan, RunDir(folder / name))
+    program = [sys.executable, __file__, *(str(folder / name) for name in plans)]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, done.stderr
+    return {Path(run).name: codes for run, codes in json.loads(done.stdout).items()}
+
+
+def import_once(layouts: list[Layout]) -> None:
+    """What takes seconds, so that no fork has to."""
+    if any(layout.model_code == "transformers" for layout in layouts):
+        import aifactory_train.models.hf
+    if any(layout.engine == "deepspeed" for layout in layouts):
+        import aifactory_train.train.engine_deepspeed  # noqa: F401  # isort: skip  # keeps deepspeed's words off stdout
+        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  # slow because of torch's compiler
+
+
 if __name__ == "__main__":
-    if any(load_plan(RunDir(Path(run)).plan).layout.model_code == "transformers" for run in sys.argv[1:]):
-        import aifactory_train.models.hf  # noqa: F401  # once, and not in each fork
+    import_once([load_plan(RunDir(Path(run)).plan).layout for run in sys.argv[1:]])
     print(json.dumps({run: train(Path(run)) for run in sys.argv[1:]}))

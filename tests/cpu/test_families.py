@@ -5,9 +5,6 @@ The code of transformers stands on both sides: trained by us on packed rows, and
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import forked_ranks
 from aifactory_train.checkpoint.export import export_run
 from aifactory_train.checkpoint.huggingface import load_weights
-from aifactory_train.launch.local import write_run_folder
 from aifactory_train.machine.load import load_machine
 from aifactory_train.models.build import build_model, init_weights
 from aifactory_train.plan.plan import Plan, load_plan, make_plan
 from aifactory_train.recipe.load import load_recipe
 from aifactory_train.recipe.schema import Model
 from aifactory_train.rundir import RunDir, read_jsonl
+from forked_ranks import in_forks
 from tiny_models import FAMILIES, save_config
 from training_runs import write_recipe
 
@@ -50,13 +46,8 @@ def plan_of(words: dict[str, Path], folder: Path, ranks: int, **changes: object)
 
 def train(plans: dict[str, Plan], top: Path) -> dict[str, list[dict[str, Any]]]:
     """The rows of metrics.jsonl of each plan; all ranks are forks of one process."""
-    for name, plan in plans.items():
-        write_run_folder(plan, RunDir(top / name))
-    program = [sys.executable, forked_ranks.__file__, *(str(top / name) for name in plans)]
-    done = subprocess.run(program, capture_output=True, text=True, timeout=400, check=False)
-    assert done.returncode == 0, done.stderr
-    failed = [run for run, codes in json.loads(done.stdout).items() if any(codes)]
-    assert not failed, Path(f"{failed[0]}.txt").read_text()
+    failed = [name for name, codes in in_forks(plans, top).items() if any(codes)]
+    assert not failed, (top / f"{failed[0]}.txt").read_text()
     return {name: read_jsonl(RunDir(top / name).metrics) for name in plans}
 
 

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-import forked_ranks
 from aifactory_train.errors import PlanError
-from aifactory_train.launch.local import write_run_folder
 from aifactory_train.machine.load import load_machine
 from aifactory_train.plan.contract import Layout
 from aifactory_train.plan.plan import Plan, load_plan, make_plan, make_ranked_plan
@@ -21,6 +16,7 @@ from aifactory_train.plan.support import refuse_untrainable, why_not_trainable
 from aifactory_train.recipe.load import load_recipe
 from aifactory_train.recipe.schema import Recipe
 from aifactory_train.rundir import RunDir, read_jsonl
+from forked_ranks import in_forks
 from plan_machines import gpus
 from training_runs import aifactory, launched, write_recipe
 
@@ -81,20 +77,10 @@ def proposed(words: dict[str, Path], folder: Path) -> dict[str, Plan]:
     return plans | {f"kind-{i}": base.model_copy(update={"layout": at}) for i, at in enumerate(kinds.values())}
 
 
-def trained(plans: dict[str, Plan], folder: Path) -> dict[str, list[int]]:
-    """The exit codes of the ranks of each plan; all in one process, see forked_ranks.py."""
-    for name, plan in plans.items():
-        write_run_folder(plan, RunDir(folder / name))
-    program = [sys.executable, forked_ranks.__file__, *(str(folder / name) for name in plans)]
-    done = subprocess.run(program, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr
-    return {Path(run).name: codes for run, codes in json.loads(done.stdout).items()}
-
-
 def test_every_layout_that_is_proposed_trains(words, tmp_path):
     plans = proposed(words, tmp_path)
     assert all(why_not_trainable(plan.layout) is None for plan in plans.values())
-    for name, codes in trained(plans, tmp_path / "runs").items():
+    for name, codes in in_forks(plans, tmp_path / "runs").items():
         layout, run = plans[name].layout, RunDir(tmp_path / "runs" / name)
         assert codes == [0] * layout.world_size, f"{layout}\n{Path(f'{run.root}.txt').read_text()}"
         assert [row["step"] for row in read_jsonl(run.metrics)] == [1, 2], layout
@@ -121,7 +107,7 @@ def test_training_refuses_what_is_not_trainable_with_the_same_sentence_said_once
         name: base.model_copy(update={"layout": base.layout.model_copy(update=change)})
         for name, change in REFUSED_LAYOUTS.items()
     }
-    assert trained(plans, tmp_path) == {name: [2, 2] for name in plans}
+    assert in_forks(plans, tmp_path) == {name: [2, 2] for name in plans}
     for name, plan in plans.items():
         sentence, said = str(why_not_trainable(plan.layout)), (tmp_path / f"{name}.txt").read_text()
         with pytest.raises(PlanError, match=re.escape(sentence)):

@@ -7,7 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from aifactory_train.machine.load import load_machine
+from aifactory_train.plan.plan import make_plan
+from aifactory_train.recipe.load import load_recipe
 from aifactory_train.rundir import RunDir, read_jsonl, step_folder
+from forked_ranks import in_forks
 from training_runs import launched, write_recipe
 
 LOSS_RTOL = 2e-6
@@ -54,15 +58,14 @@ def test_a_run_of_one_process_goes_on_as_a_pipeline_with_tensor_parallelism(word
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=NORM_RTOL), ours["step"]
 
 
-ZERO_2 = {"layout__engine": "deepspeed", "layout__zero_stage": 2}
-
-
-@pytest.mark.parametrize("first, then", [({}, ZERO_2), (ZERO_2, {})], ids=["to deepspeed", "to fsdp2"])
+@pytest.mark.parametrize("first, then", [("fsdp2", "deepspeed"), ("deepspeed", "fsdp2")])
 def test_a_run_goes_on_in_the_other_engine(words, tmp_path, one_process, first, then):
-    run = tmp_path / "run"
-    launched(write_recipe(tmp_path, **words, **first), run, 2)
-    shutil.rmtree(step_folder(RunDir(run).checkpoints, 20))
-    rows = launched(write_recipe(tmp_path, **words, **then), run, 2)
+    for engine in (first, then):
+        change = {"layout__engine": engine, "layout__zero_stage": 2 if engine == "deepspeed" else "auto"}
+        plan = make_plan(load_recipe(write_recipe(tmp_path, **words, **change)), load_machine("local"), cpu_ranks=2)
+        assert in_forks({"run": plan}, tmp_path) == {"run": [0, 0]}, (tmp_path / "run.txt").read_text()
+        rows = read_jsonl(RunDir(tmp_path / "run").metrics)
+        shutil.rmtree(step_folder(RunDir(tmp_path / "run").checkpoints, 20))
     assert [r["step"] for r in rows] == [*range(1, 21), *range(11, 21)]
     for ours in rows:
         theirs = one_process[ours["step"] - 1]
