@@ -8,6 +8,13 @@ import sys
 from pathlib import Path
 
 from aifactory_train import __version__
+from aifactory_train.cli_options import (
+    a_path,
+    add_attempt_verb,
+    add_machines_options,
+    add_recipe_options,
+    add_sample_options,
+)
 from aifactory_train.errors import AifactoryError, MachineError, storage_errors
 
 
@@ -42,159 +49,44 @@ def _parser() -> argparse.ArgumentParser:
     probe = verb("probe", "describe this machine, with measured rates, as a machine file", _probe)
     probe.add_argument("--out", type=Path, default=Path("local-machine.yaml"), help="file to write")
     probe.add_argument("--against", metavar="NAME", help="print what differs from this machine file; write nothing")
-    _add_machines_options(verb("machines", "the machines that are known: list, show NAME, check", _machines))
+    add_machines_options(verb("machines", "the machines that are known: list, show NAME, check", _machines))
     stage = verb("stage", "gather what a compute node without internet will need", _stage)
     stage.add_argument("recipe", type=Path, help="configs/recipes/NAME.yaml")
-    stage.add_argument("--to", type=_path, required=True, metavar="DIR", help="folder that compute nodes can read")
+    stage.add_argument("--to", type=a_path, required=True, metavar="DIR", help="folder that compute nodes can read")
     for name, help_text, run in (
         ("prepare", "text to tokenizer and token shards", _prepare),
         ("plan", "layout, memory and time of a recipe on a machine", _plan),
         ("launch", "plan, check, and start the run: by Slurm, or here where the machine has none", _launch),
     ):
-        _add_recipe_options(verb(name, help_text, run), name)
+        add_recipe_options(verb(name, help_text, run), name)
     status = verb("status", "how far a run is, and what its jobs do", _status)
-    status.add_argument("run", type=_path, help="run folder")
+    status.add_argument("run", type=a_path, help="run folder")
     cancel = verb("cancel", "save and end a run, and submit no further job", _cancel)
-    cancel.add_argument("run", type=_path, help="run folder")
+    cancel.add_argument("run", type=a_path, help="run folder")
     cancel.add_argument("--now", action="store_true", help="do not wait for a save")
     train = verb("train", "what each rank runs: train the plan of a run folder", _train)
-    train.add_argument("run", type=_path, help="run folder that holds plan.json")
+    train.add_argument("run", type=a_path, help="run folder that holds plan.json")
     train.add_argument(
         "--bar", type=int, default=0, metavar="COLUMNS", help="progress bar of that width instead of log lines"
     )
     train.add_argument("--timeout-s", type=float, default=300.0, help="how long ranks wait for each other at start")
     preflight = verb("preflight", "what each rank runs before training: is this node fit?", _preflight)
     preflight.add_argument("attempt", type=Path, help="folder of the attempt")
-    _add_attempt_verb(verb("attempt", "what a batch script runs before and after the ranks: begin, end", _attempt))
+    add_attempt_verb(verb("attempt", "what a batch script runs before and after the ranks: begin, end", _attempt))
     export = verb("export", "newest commit to a Hugging Face folder", _export)
-    export.add_argument("run", type=_path, help="run folder")
+    export.add_argument("run", type=a_path, help="run folder")
     report = verb("report", "result.json, report.html and a summary of a run", _report)
-    report.add_argument("run", type=_path, help="run folder")
+    report.add_argument("run", type=a_path, help="run folder")
     calibrate = verb(
         "calibrate", "what was measured on a machine into its file, so that plans are corrected", _calibrate
     )
     calibrate.add_argument("machine", help="name in configs/machines/, or a file")
     calibrate.add_argument(
-        "measured", nargs="+", type=_path, metavar="RUN", help="run folders, rates of benchmarks, files of probe"
+        "measured", nargs="+", type=a_path, metavar="RUN", help="run folders, rates of benchmarks, files of probe"
     )
-    calibrate.add_argument("--out", type=_path, metavar="FILE", help="file to write (default NAME-measured.yaml)")
-    _add_sample_options(verb("sample", "text by the exported model, through plain transformers", _sample))
+    calibrate.add_argument("--out", type=a_path, metavar="FILE", help="file to write (default NAME-measured.yaml)")
+    add_sample_options(verb("sample", "text by the exported model, through plain transformers", _sample))
     return parser
-
-
-def _add_sample_options(sample: argparse.ArgumentParser) -> None:
-    sample.add_argument("run", type=_path, help="run folder that has been exported")
-    sample.add_argument("--prompt", default="def __init__(self", help="text to continue (default: %(default)s)")
-    sample.add_argument("--tokens", type=int, default=60, help="tokens to generate (default %(default)s)")
-    sample.add_argument("--seed", type=int, default=0, help="of the random choice (default %(default)s)")
-
-
-def _add_machines_options(machines: argparse.ArgumentParser) -> None:
-    machines.set_defaults(names=[])
-    what = machines.add_subparsers(dest="what", metavar="WHAT")
-    for name, help_text in (
-        ("list", "one line for each: nodes, devices, network, limits"),
-        ("show", "all that is known of a machine, and who says so"),
-        ("check", "whether a machine file is sound: facts, sources, site"),
-    ):
-        sub = what.add_parser(name, help=help_text, description=help_text)
-        sub.add_argument("names", nargs="*", metavar="NAME", help="names in configs/machines/, or files")
-        if name == "show":
-            sub.add_argument("--svg", type=Path, metavar="FILE", help="draw the node into FILE as well")
-
-
-def _add_recipe_options(sub: argparse.ArgumentParser, name: str) -> None:
-    sub.add_argument("recipe", type=Path, help="configs/recipes/NAME.yaml")
-    sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, such as optim.lr=3e-4")
-    if name == "prepare":
-        return
-    sub.add_argument("--machine", default="local", help="name in configs/machines/, a file, or local (default)")
-    size = sub.add_mutually_exclusive_group()
-    recommended = "recommended where the machine has Slurm" if name == "plan" else "default 1"
-    size.add_argument("--nodes", type=int, help=f"nodes of the machine ({recommended})")
-    if name == "plan":
-        _add_plan_options(sub, size)
-    sub.add_argument("--cpu-ranks", type=int, default=1, help="ranks where the machine has no GPU (default 1)")
-    sub.add_argument("--run", type=_path, help="run folder (default runs/NAME)")
-    if name == "launch":
-        _add_job_options(sub)
-
-
-def _add_plan_options(plan: argparse.ArgumentParser, size: argparse._MutuallyExclusiveGroup) -> None:
-    size.add_argument(
-        "--gpu-hours", type=float, metavar="H", help="what so many hours of one device buy, and with how many nodes"
-    )
-    size.add_argument("--deadline", metavar="TIME", help="the fewest nodes that train in time: 10d, 36h or D-HH:MM:SS")
-    plan.add_argument("--partition", help="instead of the machine's default, for the limits of a job")
-    plan.add_argument("--qos", help="instead of the machine's default, for the limits of a job")
-    form = plan.add_mutually_exclusive_group()
-    for name, help_text in (
-        ("explain", "every term, what was compared, and what is assumed"),
-        ("json", "print plan and ranking as one JSON document"),
-    ):
-        form.add_argument(f"--{name}", dest="form", action="store_const", const=name, default="short", help=help_text)
-
-
-def _add_job_options(launch: argparse.ArgumentParser) -> None:
-    launch.add_argument("--time", metavar="TIME", help="wall time of one job, as sbatch takes it: 12:00:00")
-    launch.add_argument("--account", help="project that pays")
-    launch.add_argument("--partition", help="instead of the machine's default")
-    launch.add_argument("--qos", help="instead of the machine's default")
-    launch.add_argument("--container", metavar="IMAGE", help="run Python inside this image; none: not in the site's")
-    launch.add_argument("--python", metavar="FILE", help="Python on the compute nodes, or inside the image")
-    launch.add_argument("--dry-run", action="store_true", help="print the command and the script; submit nothing")
-
-
-def _add_attempt_verb(attempt: argparse.ArgumentParser) -> None:
-    what = attempt.add_subparsers(dest="what", required=True, metavar="WHAT")
-    begin = what.add_parser("begin", help="make plan and attempt folder; prints the folder, or nothing if all is done")
-    begin.add_argument("recipe", type=Path)
-    begin.add_argument("--machine", required=True)
-    begin.add_argument("--nodes", type=int, required=True)
-    begin.add_argument("--run", type=_path, help="run folder (default runs/NAME)")
-    begin.add_argument("--job-id", type=_job_id, required=True)
-    begin.add_argument("--node-list", type=_hosts, required=True, help="hosts of the job, in Slurm's syntax")
-    begin.add_argument(
-        "--end-time-s", type=_seconds, help="when the job is cut off, seconds since the epoch; empty: never"
-    )
-    end = what.add_parser(
-        "end", help="0 the run is finished, 75 submit the next job (unfit hosts on stdout), else stop"
-    )
-    end.add_argument("attempt", type=Path, help="folder that begin has printed")
-    end.add_argument("--exit-code", type=int, required=True, help="of the ranks")
-    end.add_argument("--down-nodes", type=_hosts, default="", help="hosts that Slurm has lost, in its syntax")
-    end.add_argument("--terminated", action="store_true", help="the batch script itself was told to end")
-    submitted = what.add_parser("submitted", help="note the job that goes on with a run")
-    submitted.add_argument("run", type=_path)
-    submitted.add_argument("job_id", type=_job_id)
-
-
-def _seconds(text: str) -> float | None:
-    if text and not text.replace(".", "", 1).isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds")
-    return float(text) if text else None
-
-
-def _path(text: str) -> Path:
-    if not text:  # an unset variable, and not the folder that we stand in
-        raise argparse.ArgumentTypeError("it is empty; is the variable set?")
-    return Path(text)
-
-
-def _job_id(text: str) -> str:
-    if not text[:1].isdecimal() or not text.isprintable() or " " in text:
-        raise argparse.ArgumentTypeError(f"{text!r} is no id of a job, such as 4711")
-    return text
-
-
-def _hosts(text: str) -> str:
-    from aifactory_train.hostlist import expand
-
-    try:
-        expand(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return text
 
 
 def _probe(args: argparse.Namespace) -> None:

@@ -33,12 +33,9 @@ class JobOptions:
 
 def check_job(plan: Plan, options: JobOptions, recipe_path: Path) -> None:
     """Raise one PlanError that names every fault: limits of the site, data, settings that need the internet."""
-    slurm = plan.machine.slurm
-    assert slurm is not None
     faults = [
-        *_account_faults(plan.machine, slurm, options),
-        *_limit_faults(plan, slurm, options),
-        *_python_faults(plan.machine, options),
+        *job_faults(plan.machine, plan.layout.n_nodes, options),
+        *_rank_faults(plan),
         *_online_faults(plan),
         *_data_faults(plan, recipe_path),
     ]
@@ -48,6 +45,17 @@ def check_job(plan: Plan, options: JobOptions, recipe_path: Path) -> None:
             where=f"recipe {plan.recipe.name} on {plan.layout.n_nodes} node(s) of machine {plan.machine.name}",
             do="mend the lines above and launch again; nothing was submitted",
         )
+
+
+def job_faults(machine: Machine, n_nodes: int, options: JobOptions) -> list[str]:
+    """What the site would refuse of any job of so many nodes, one entry each with what to do."""
+    slurm = machine.slurm
+    assert slurm is not None
+    return [
+        *_account_faults(machine, slurm, options),
+        *_limit_faults(n_nodes, slurm, options),
+        *_python_faults(machine, options),
+    ]
 
 
 def _fault(what: str, do: str) -> str:
@@ -93,15 +101,19 @@ def _account_faults(machine: Machine, slurm: Slurm, options: JobOptions) -> list
     return faults
 
 
-def _limit_faults(plan: Plan, slurm: Slurm, options: JobOptions) -> list[str]:
+def _rank_faults(plan: Plan) -> list[str]:
+    n_nodes, per_node = plan.layout.n_nodes, plan.machine.device.per_node
+    if plan.layout.world_size == n_nodes * per_node:
+        return []
+    what = f"{plan.layout.world_size} ranks on {n_nodes} node(s); the batch script starts {per_node} on each"
+    return [_fault(what, "leave out --cpu-ranks")]
+
+
+def _limit_faults(n_nodes: int, slurm: Slurm, options: JobOptions) -> list[str]:
     """More than the partition or the QoS allows."""
     partition, qos, faults = partition_of(slurm, options), qos_of(slurm, options), []
     limits = limits_of(partition, qos)
     named = f"partition {partition.name if partition else '?'}" + (f" with QoS {qos.name}" if qos else "")
-    n_nodes, per_node = plan.layout.n_nodes, plan.machine.device.per_node
-    if plan.layout.world_size != n_nodes * per_node:
-        what = f"{plan.layout.world_size} ranks on {n_nodes} node(s); the batch script starts {per_node} on each"
-        faults.append(_fault(what, "leave out --cpu-ranks"))
     most = limits.max_nodes or (partition.nodes if partition else None)
     if most is not None and n_nodes > most:
         faults.append(_fault(f"{n_nodes} nodes; {named} allows {most}", f"--nodes {most} or less"))

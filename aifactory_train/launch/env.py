@@ -6,7 +6,6 @@ import os
 
 from aifactory_train.machine.facts import Variable
 from aifactory_train.machine.machine import Machine
-from aifactory_train.plan.plan import Plan
 
 # What sbatch and srun were given for the job we may be in; a job that we submit must not inherit it.
 _OF_A_JOB = ("SLURM_", "SBATCH_", "SRUN_", "OMPI_", "PMIX_", "PMI_")
@@ -34,26 +33,31 @@ def rank_variables(machine: Machine, threads: int) -> list[Variable]:
     return variables
 
 
-def local_variables(plan: Plan) -> list[Variable]:
-    """For the ranks of a run that is started on this node by mpirun."""
+def local_variables(machine: Machine, threads: int) -> list[Variable]:
+    """For ranks that are started on this node by mpirun.
+
+    Args:
+        threads: CPU threads of one rank.
+    """
     here = [
         Variable(name="GLOO_SOCKET_IFNAME", value="lo", why="all ranks are on this node; needs no name that resolves"),
         Variable(name="OMPI_MCA_btl", value="self,sm", why="all ranks are here; keeps MPI from probing its networks"),
     ]
-    if plan.machine.device.kind != "cpu":
+    if machine.device.kind != "cpu":
         why = "all ranks are on this node; NCCL passes over loopback unless told"
         here.append(Variable(name="NCCL_SOCKET_IFNAME", value="lo", why=why))
-    return rank_variables(plan.machine, plan.layout.threads_per_rank) + here
+    return rank_variables(machine, threads) + here
 
 
-def local_environment(plan: Plan, mpi_folder: str) -> dict[str, str]:
+def local_environment(machine: Machine, threads: int, mpi_folder: str) -> dict[str, str]:
     """The launcher's environment with the variables of the ranks; what the user has set wins.
 
     Args:
+        threads: CPU threads of one rank.
         mpi_folder: where mpirun keeps its files. Its own choice, /tmp/ompi.PID, stays behind when it is killed, and
             a later mpirun that gets the same process id does not start (Open MPI 5.0).
     """
-    ours = {v.name: v.value for v in local_variables(plan)} | {"PRTE_MCA_prte_tmpdir_base": mpi_folder}
+    ours = {v.name: v.value for v in local_variables(machine, threads)} | {"PRTE_MCA_prte_tmpdir_base": mpi_folder}
     return {**ours, **os.environ}
 
 

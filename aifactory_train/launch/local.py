@@ -63,7 +63,8 @@ def _start_ranks(plan: Plan, run: RunDir, lock: IO[str]) -> int:
     attempt.mkdir(parents=True)
     write_atomic(attempt / "command.sh", _command_text(plan, run))
     with tempfile.TemporaryDirectory(prefix="aifactory-train-") as mpi_folder, open(attempt / "log.txt", "wb") as log:
-        return _run(_command(plan, run), local_environment(plan, mpi_folder), log, lock)
+        env = local_environment(plan.machine, plan.layout.threads_per_rank, mpi_folder)
+        return _run(_command(plan, run), env, log, lock)
 
 
 def _command(plan: Plan, run: RunDir) -> list[str]:
@@ -75,7 +76,8 @@ def _command(plan: Plan, run: RunDir) -> list[str]:
 
 def _command_text(plan: Plan, run: RunDir) -> str:
     """What is run, so that it can be typed by hand."""
-    lines = [f"export {v.name}={shlex.quote(v.value)}  # {v.why}" for v in local_variables(plan)]
+    variables = local_variables(plan.machine, plan.layout.threads_per_rank)
+    lines = [f"export {v.name}={shlex.quote(v.value)}  # {v.why}" for v in variables]
     return "\n".join([*lines, shlex.join(_command(plan, run)), ""])
 
 

@@ -29,8 +29,7 @@ def launch_job(plan: Plan, run: RunDir, options: JobOptions, recipe_path: Path) 
 
     A dry run prints script and command before it checks, and writes and submits nothing.
     """
-    unset = {name: value for name, value in user_defaults().items() if getattr(options, name) is None}
-    options = JobOptions(**{**vars(options), **unset})
+    options = with_defaults(options)
     script, command = render_job(plan.machine), sbatch_command(plan, run, options)
     if options.dry_run:
         print(script)
@@ -65,21 +64,33 @@ def launch_job(plan: Plan, run: RunDir, options: JobOptions, recipe_path: Path) 
     return "\n".join(f"{name:<8}{text}" for name, text in rows)
 
 
+def with_defaults(options: JobOptions) -> JobOptions:
+    """What the command line leaves open, as the user has set it for sbatch."""
+    unset = {name: value for name, value in user_defaults().items() if getattr(options, name) is None}
+    return JobOptions(**{**vars(options), **unset})
+
+
 def sbatch_command(plan: Plan, run: RunDir, options: JobOptions) -> list[str]:
     """Each value is a word of its own, so that no shell ever reads it."""
+    # The script's own wall time is right for the default partition and QoS only.
+    time = options.time or format_slurm_time(default_time_s(plan.machine, options))
+    words = job_words(plan.recipe.name, plan.layout.n_nodes, time, run.root, options)
+    return ["sbatch", "--parsable", *words, str(run.job_script), str(run.recipe), str(run.root), str(run.machine)]
+
+
+def job_words(name: str, n_nodes: int, time: str, folder: Path, options: JobOptions) -> list[str]:
+    """What sbatch is told of a job whose output goes into `folder`."""
     given = {
-        "job-name": plan.recipe.name,
-        "nodes": str(plan.layout.n_nodes),
-        # The script's own is right for the default partition and QoS only.
-        "time": options.time or format_slurm_time(default_time_s(plan.machine, options)),
+        "job-name": name,
+        "nodes": str(n_nodes),
+        "time": time,
         "account": options.account,
         "partition": options.partition,
         "qos": options.qos,
         # In a file name % begins a field of Slurm, and a backslash turns that off for the whole name.
-        "output": str(run.root).replace("%", "%%") + "/slurm-%j.out",
+        "output": str(folder).replace("%", "%%") + "/slurm-%j.out",
     }
-    words = [f"--{name}={value}" for name, value in given.items() if value]
-    return ["sbatch", "--parsable", *words, str(run.job_script), str(run.recipe), str(run.root), str(run.machine)]
+    return [f"--{name}={value}" for name, value in given.items() if value]
 
 
 def submit(command: list[str], machine: Machine, options: JobOptions) -> str:

@@ -40,12 +40,12 @@ def test_a_notice_that_arrives_in_pieces_is_dropped_too():
 
 
 def test_every_variable_of_a_rank_has_a_reason_and_the_users_own_value_wins(monkeypatch):
-    plan = a_plan()
-    assert all(v.why for v in env.local_variables(plan))
+    machine = a_plan().machine
+    assert all(v.why for v in env.local_variables(machine, 3))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert env.local_environment(plan, "/x")["OMP_NUM_THREADS"] == str(plan.layout.threads_per_rank)
+    assert env.local_environment(machine, 3, "/x")["OMP_NUM_THREADS"] == "3"
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    assert env.local_environment(plan, "/x")["OMP_NUM_THREADS"] == "7"
+    assert env.local_environment(machine, 3, "/x")["OMP_NUM_THREADS"] == "7"
 
 
 def test_a_folder_that_a_killed_mpirun_left_behind_stops_no_later_one(tmp_path):
@@ -56,7 +56,7 @@ def test_a_folder_that_a_killed_mpirun_left_behind_stops_no_later_one(tmp_path):
     base = {**os.environ, "TMPDIR": str(tmp_path)}
     folder = tmp_path / "of its own"
     folder.mkdir()
-    for environment, fails in ((base, True), (env.local_environment(a_plan(), str(folder)) | base, False)):
+    for environment, fails in ((base, True), (env.local_environment(a_plan().machine, 1, str(folder)) | base, False)):
         done = subprocess.run(["bash", "-c", stale, str(tmp_path), *mpirun], env=environment, capture_output=True)
         assert (done.returncode != 0) == fails, done.stderr
 
