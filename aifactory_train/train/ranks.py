@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -24,6 +25,12 @@ from aifactory_train.hostlist import expand
 RENDEZVOUS_TIMEOUT_S = 300.0
 COLLECTIVE_TIMEOUT_S = 1800.0
 SLURM_PORTS = range(20000, 30000)
+# What a result may quote of the environment: never all of it, which holds secrets.
+QUOTED_PREFIXES = ("NCCL_", "RCCL_", "FI_", "CXI_", "UCX_", "MPICH_", "TORCH_", "OMP_", "PYTORCH_")
+QUOTED_NAMES = (
+    *("SLURM_JOB_ID", "SLURM_JOB_PARTITION", "SLURM_JOB_NODELIST", "SLURM_STEP_ID", "SLURMD_NODENAME"),
+    *("SLURM_TOPOLOGY_ADDR", "CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"),
+)
 
 
 @dataclass(frozen=True)
@@ -43,15 +50,39 @@ class Ranks:
     end_time_s: float | None = None
 
 
-def find_ranks(timeout_s: float = RENDEZVOUS_TIMEOUT_S, env: Mapping[str, str] | None = None) -> Ranks:
-    """Read off the environment who started us. Under MPI this is collective: all ranks arrive."""
+def find_ranks(
+    timeout_s: float = RENDEZVOUS_TIMEOUT_S,
+    env: Mapping[str, str] | None = None,
+    *,
+    keep_mpi: bool = False,
+    of_node: bool = False,
+) -> Ranks:
+    """Read off the environment who started us. Under MPI this is collective: all ranks arrive.
+
+    keep_mpi: MPI stays alive for the caller, who finalizes it. of_node: the ranks of this node are a run of their own.
+    """
     env = os.environ if env is None else env
-    return replace(_find_ranks(timeout_s, env), end_time_s=_end_time_s(env))
+    ranks = _find_ranks(timeout_s, env, keep_mpi, of_node)
+    if of_node and ranks.source in ("torchrun", "slurm"):
+        ranks = _of_node(ranks, env)
+    return replace(ranks, end_time_s=_end_time_s(env))
 
 
-def _find_ranks(timeout_s: float, env: Mapping[str, str]) -> Ranks:
+def quoted_environment(env: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The variables that decide how fast communication is, and which job this is."""
+    env = os.environ if env is None else env
+    return {k: v for k, v in sorted(env.items()) if k.startswith(QUOTED_PREFIXES) or k in QUOTED_NAMES}
+
+
+def node_name(env: Mapping[str, str] | None = None) -> str:
+    """As Slurm calls this node in its lists, else its own short name."""
+    env = os.environ if env is None else env
+    return env.get("SLURMD_NODENAME") or socket.gethostname().split(".")[0]
+
+
+def _find_ranks(timeout_s: float, env: Mapping[str, str], keep_mpi: bool, of_node: bool) -> Ranks:
     if "OMPI_COMM_WORLD_RANK" in env or ("PMI_RANK" in env and "SLURM_STEP_ID" not in env):
-        return _from_mpi(timeout_s)
+        return _from_mpi(timeout_s, keep_mpi, of_node)
     # Container runtimes under srun set RANK too; torchrun inside a step names its own run.
     if "RANK" in env and "WORLD_SIZE" in env and ("TORCHELASTIC_RUN_ID" in env or not env.get("SLURM_STEP_ID")):
         return _from_torchrun(env)
@@ -61,7 +92,7 @@ def _find_ranks(timeout_s: float, env: Mapping[str, str]) -> Ranks:
     return Ranks(0, 1, 0, "alone", "127.0.0.1", 0)
 
 
-def _from_mpi(timeout_s: float) -> Ranks:
+def _from_mpi(timeout_s: float, keep_mpi: bool, of_node: bool) -> Ranks:
     import mpi4py
 
     mpi4py.rc.initialize = False
@@ -72,14 +103,17 @@ def _from_mpi(timeout_s: float) -> Ranks:
     rank, size = world.Get_rank(), world.Get_size()
     node = world.Split_type(MPI.COMM_TYPE_SHARED)
     local_rank, one_node = node.Get_rank(), node.Get_size() == size
+    if of_node:
+        world, rank, size, one_node = node, local_rank, node.Get_size(), True
     store, place = None, None
     if rank == 0:
         address = "127.0.0.1" if one_node else os.environ.get("MASTER_ADDR") or socket.gethostname()
         store = _host_store(address, 0, size, timeout_s)
         place = (address, store.port)
     address, port = world.bcast(place, root=0)
-    # MPI has done its work. Finalized now, no rank can hang in MPI_Finalize when another one has failed.
-    MPI.Finalize()
+    if not keep_mpi:
+        # MPI has done its work. Finalized now, no rank can hang in MPI_Finalize when another one has failed.
+        MPI.Finalize()
     return Ranks(rank, size, local_rank, "mpi", address, port, store)
 
 
@@ -94,6 +128,22 @@ def _from_slurm(env: Mapping[str, str]) -> Ranks:
     port = int(env.get("MASTER_PORT") or SLURM_PORTS[_integer(env, "SLURM_JOB_ID") % len(SLURM_PORTS)])
     rank, size = _integer(env, "SLURM_PROCID"), _integer(env, "SLURM_STEP_NUM_TASKS")
     return Ranks(rank, size, _integer(env, "SLURM_LOCALID"), "slurm", address, port)
+
+
+def _of_node(ranks: Ranks, env: Mapping[str, str]) -> Ranks:
+    if ranks.source == "torchrun":
+        size = _integer(env, "LOCAL_WORLD_SIZE")
+    else:
+        size = tasks_by_node(env.get("SLURM_STEP_TASKS_PER_NODE", ""))[_integer(env, "SLURM_NODEID")]
+    # Not the port of the whole run, which rank 0 or torchrun may have taken.
+    port = SLURM_PORTS[(ranks.port + 1) % len(SLURM_PORTS)]
+    return replace(ranks, rank=ranks.local_rank, world_size=size, address="127.0.0.1", port=port)
+
+
+def tasks_by_node(text: str) -> list[int]:
+    """Slurm's short form, in the order of the step's nodes: "2(x3),1" -> [2, 2, 2, 1]."""
+    parts = re.findall(r"(\d+)(?:\(x(\d+)\))?", text)
+    return [int(tasks) for tasks, nodes in parts for _ in range(int(nodes or 1))]
 
 
 def _end_time_s(env: Mapping[str, str]) -> float | None:

@@ -1,0 +1,200 @@
+"""Timing of one piece of work: calls that are discarded, then samples until their median is known well enough.
+
+With several ranks the work may be a collective, so all make the same number of calls: between chunks of calls rank 0
+looks at the slowest rank of each call and decides for all.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from aifactory_train.bench.statistics import median_interval, steady_from
+from aifactory_train.measure.control import Control
+
+Work = Callable[[], object]
+
+# The smallest number of samples whose median has a 95 % interval by order statistics.
+FEWEST_SAMPLES = 6
+# More than the last-level caches of today's devices and sockets.
+FLUSH_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
+# A chunk on a device is queued as a whole; so long it may take until the ranks speak again.
+CHUNK_S = 5.0
+CHUNK_CALLS = 1000
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How long to warm up and to measure.
+
+    At least `min_warmup` calls and `soak_s` of them are discarded, then more until the medians of two successive
+    windows of `window` calls differ by less than `change_frac`, `max_warmup` at most. Samples are taken until there are
+    `min_samples` and the 95 % interval of the median is within `ci_half_width_frac` of it, or `budget_s` are over.
+    The budget holds for the samples, and once more for the calls after the soak that are discarded.
+    """
+
+    soak_s: float
+    budget_s: float
+    min_warmup: int = 10
+    window: int = 10
+    change_frac: float = 0.01
+    max_warmup: int = 100
+    min_samples: int = 50
+    ci_half_width_frac: float = 0.01
+
+    def warmup_rule(self) -> str:
+        """In words, for the record."""
+        return (
+            f"at least {self.min_warmup} calls and {self.soak_s:g} s; then until the medians of two successive windows "
+            f"of {self.window} calls differ by less than {self.change_frac:.1%}, {self.max_warmup} calls or "
+            f"{self.budget_s:g} s at most"
+        )
+
+
+@dataclass(frozen=True)
+class WarmUp:
+    """calls: discarded ones. steady: two windows agreed. call_s: what a call takes with all that is around it."""
+
+    calls: int
+    steady: bool
+    call_s: float
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Seconds of each call on this rank. The fields below it are the same on all ranks."""
+
+    seconds: list[float]
+    warmup_steps: int
+    steady: bool
+    ci_reached: bool
+
+
+def measure(
+    work: Work, device: torch.device, limits: Limits, control: Control, before: Work | None, timeout_s: float = 300.0
+) -> Samples:
+    """Warm up, then sample. All ranks arrive; `before` runs ahead of each call, outside of its time."""
+    warmed = warm_up(work, device, limits, control, before, timeout_s)
+    seconds, ci_reached = sample(work, device, limits, control, before, warmed, timeout_s)
+    return Samples(seconds, warmed.calls, warmed.steady, ci_reached)
+
+
+def warm_up(
+    work: Work, device: torch.device, limits: Limits, control: Control, before: Work | None, timeout_s: float
+) -> WarmUp:
+    """Discarded calls, by the rule of `limits`."""
+    begin_s = time.monotonic()
+    series: list[float] = []  # of the slowest rank, on rank 0
+    tested_from = 0
+    n_calls, steady, more = 0, False, limits.min_warmup
+    soaked_s = None if limits.soak_s else begin_s
+    call_s = 0.0
+    while more:
+        chunk_s = time.monotonic()
+        chunk = time_calls(work, device, before, more)
+        n_calls += more
+        slowest = _slowest(control.gather(chunk, timeout_s))
+        if control.rank == 0:
+            series += slowest
+            now_s = time.monotonic()
+            call_s = (now_s - chunk_s) / more
+            if soaked_s is None and now_s - begin_s >= limits.soak_s:
+                soaked_s, tested_from = now_s, len(series) - more
+            if soaked_s is None:
+                more = _chunk_calls(call_s, limits.soak_s - (now_s - begin_s))
+            else:
+                tail = series[tested_from:]
+                steady = steady_from(tail, limits.window, limits.change_frac) is not None
+                spent = now_s - soaked_s > limits.budget_s or len(tail) >= limits.max_warmup
+                more = 0 if steady or spent else limits.window
+        more, steady, call_s = control.broadcast([more, steady, call_s], timeout_s)
+    return WarmUp(n_calls, steady, call_s)
+
+
+def sample(
+    work: Work,
+    device: torch.device,
+    limits: Limits,
+    control: Control,
+    before: Work | None,
+    warmed: WarmUp,
+    timeout_s: float,
+) -> tuple[list[float], bool]:
+    """Seconds of each call on this rank, and whether the interval of the slowest rank's median got narrow enough."""
+    begin_s = time.monotonic()
+    own: list[float] = []
+    series: list[float] = []
+    reached = False
+    more = _first_chunk(warmed.call_s, limits)
+    while more:
+        chunk_s = time.monotonic()
+        chunk = time_calls(work, device, before, more)
+        own += chunk
+        slowest = _slowest(control.gather(chunk, timeout_s))
+        if control.rank == 0:
+            series += slowest
+            reached = len(series) >= limits.min_samples and _is_narrow(series, limits.ci_half_width_frac)
+            now_s = time.monotonic()
+            left_s = limits.budget_s - (now_s - begin_s)
+            more = 0 if reached or left_s <= 0 else _chunk_calls((now_s - chunk_s) / more, left_s)
+            if not reached and len(series) < FEWEST_SAMPLES:
+                more = max(more, FEWEST_SAMPLES - len(series))
+        more, reached = control.broadcast([more, reached], timeout_s)
+    return own, reached
+
+
+def time_calls(work: Work, device: torch.device, before: Work | None, n: int) -> list[float]:
+    """Seconds of each of `n` calls: between events of the device where it has them, else by the clock of the host."""
+    if device.type == "cuda":
+        return _time_on_device(work, device, before, n)
+    seconds = []
+    for _ in range(n):
+        if before is not None:
+            before()
+        t0_s = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - t0_s)
+    return seconds
+
+
+def build_cache_flush(device: torch.device) -> Work:
+    """A call that leaves none of a benchmark's data in the caches: it writes more memory than they hold."""
+    scratch = torch.empty(FLUSH_BYTES[device.type], dtype=torch.uint8, device=device)
+    return scratch.zero_
+
+
+def _time_on_device(work: Work, device: torch.device, before: Work | None, n: int) -> list[float]:
+    """Calls are queued without waiting, so that the device does not idle between them."""
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(n)]
+    for start, end in events:
+        if before is not None:
+            before()
+        start.record()
+        work()
+        end.record()
+    torch.cuda.synchronize(device)
+    return [start.elapsed_time(end) / 1e3 for start, end in events]
+
+
+def _slowest(by_rank: list[list[float]] | None) -> list[float]:
+    """Of each call the longest time over the ranks; nothing where there is nothing to look at."""
+    return [] if by_rank is None else [max(times) for times in zip(*by_rank, strict=True)]
+
+
+def _is_narrow(series: list[float], half_width_frac: float) -> bool:
+    interval = median_interval(series)
+    return interval is not None and (interval[1] - interval[0]) / 2 <= half_width_frac * statistics.median(series)
+
+
+def _chunk_calls(call_s: float, room_s: float) -> int:
+    """As many calls as fit into the room that is left, and at most into CHUNK_S."""
+    return max(1, min(CHUNK_CALLS, int(min(room_s, CHUNK_S) / max(call_s, 1e-9))))
+
+
+def _first_chunk(call_s: float, limits: Limits) -> int:
+    fitting = _chunk_calls(call_s, limits.budget_s)
+    return min(limits.min_samples, max(FEWEST_SAMPLES, fitting))
