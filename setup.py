@@ -120,7 +120,7 @@ setup(
             "scipy",
             "torchao",
             "reframe-hpc",
-            "prometheus_client",
+            "prometheus-client",
             "jsonschema",
         ],
     },
