@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from aifactory_train.errors import CheckpointError
 from aifactory_train.models.flat import Box
+from aifactory_train.recipe.weights import read_json
 
 INDEX = "model.safetensors.index.json"
 _PICKLED = "pytorch_model.bin"
@@ -99,12 +99,3 @@ class WeightFiles:
         except (SafetensorError, OSError, RuntimeError, EOFError, KeyError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise CheckpointError(f"{file} cannot be read: {reason}", where=str(self.folder), do=_DO) from None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(
-            f"{path.name} cannot be read: {error}", where=str(path), do="download the folder again"
-        ) from None

@@ -13,6 +13,7 @@ from aifactory_train.machine.machine import Machine
 from aifactory_train.machine.site import Partition, Qos, Slurm, limits_of
 from aifactory_train.plan.plan import Plan
 from aifactory_train.recipe.schema import Model
+from aifactory_train.recipe.weights import check_config, read_json
 from aifactory_train.units import format_slurm_time, parse_slurm_time_s
 
 NO_CONTAINER = "none"  # as --container, where the machine file names an image
@@ -165,10 +166,14 @@ def _data_faults(plan: Plan, recipe_path: Path) -> list[str]:
 
 
 def check_init_from(model: Model) -> None:
-    """Raise CheckpointError where `model.init_from` is no folder with a model; what is in its files the ranks see."""
+    """Raise CheckpointError where `model.init_from` is no folder with this model, or a file of it is not whole.
+
+    The names and shapes of the tensors are seen by the ranks, which have the model's code.
+    """
     if model.init_from is None:
         return
     folder = Path(model.init_from).expanduser()
+    what: str | None
     if not folder.is_dir():
         what = "no such folder"
     elif not (folder / "config.json").is_file():
@@ -176,6 +181,9 @@ def check_init_from(model: Model) -> None:
     elif not any(next(folder.glob(pattern), None) for pattern in ("*.safetensors", "pytorch_model*.bin")):
         what = "no weights, neither *.safetensors nor pytorch_model.bin"
     else:
+        check_config(model, folder)
+        what = _damaged_file(folder)
+    if what is None:
         return
     raise CheckpointError(
         f"model.init_from {model.init_from}: {what}",
@@ -183,6 +191,21 @@ def check_init_from(model: Model) -> None:
         do="--set model.init_from=FOLDER, a Hugging Face folder; for a model of the hub first: "
         "aifactory-train stage RECIPE --to DIR",
     )
+
+
+def _damaged_file(folder: Path) -> str | None:
+    """What is wrong with the first file of safetensors that is missing or truncated: their headers tell the length."""
+    from safetensors import SafetensorError, safe_open
+
+    index, names = folder / "model.safetensors.index.json", {path.name for path in folder.glob("model.safetensors")}
+    if index.exists():
+        names = set(read_json(index).get("weight_map", {}).values())
+    for name in sorted(names):
+        try:
+            safe_open(folder / name, framework="numpy")
+        except (SafetensorError, OSError) as error:
+            return f"{name} cannot be read: {error}"
+    return None
 
 
 def refuse_job_options(options: JobOptions) -> None:

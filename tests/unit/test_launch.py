@@ -1,12 +1,15 @@
 """The mpirun command, the variables of the ranks, what of mpirun's output is shown, and what launch gives to type."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from aifactory_train.errors import CheckpointError, MachineError, RunFolderError
 from aifactory_train.launch import env, local
@@ -16,6 +19,7 @@ from aifactory_train.launch.local import check_run_folder, without_notice, write
 from aifactory_train.launch.mpi import find_mpirun, mpirun_command
 from aifactory_train.machine.machine import Mpi
 from aifactory_train.machine.site import Partition, Slurm
+from aifactory_train.recipe.huggingface import own_config
 from aifactory_train.recipe.schema import Lora
 from aifactory_train.rundir import COMMIT, RunDir, hold, step_folder
 from results_run import a_plan
@@ -88,21 +92,40 @@ def test_a_folder_with_foreign_files_is_not_taken_for_a_run(tmp_path):
         check_run_folder(a_plan(), RunDir(tmp_path))
 
 
-def test_a_mistyped_init_from_is_refused_before_any_rank_starts(tmp_path, monkeypatch):
+def test_a_folder_that_is_not_of_this_model_or_not_whole_is_refused_before_any_rank_starts(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    model = a_plan().recipe.model
+    model, folder = a_plan().recipe.model, tmp_path / "weights"
+    index = {"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}
 
     def check(name: str) -> None:
         check_init_from(model.model_copy(update={"init_from": name}))
 
+    def write_config(**changes: object) -> None:
+        (folder / "config.json").write_text(json.dumps(own_config(model) | changes))
+
+    def write_shard(name: str, n_bytes: int | None = None) -> None:
+        save_file({"a": np.zeros(100, np.float32)}, folder / name)
+        os.truncate(folder / name, n_bytes or (folder / name).stat().st_size)
+
     for what, make in (
-        ("no such folder", lambda: (tmp_path / "weights").mkdir()),
-        ("no config.json", lambda: (tmp_path / "weights" / "config.json").touch()),
-        ("no weights", lambda: (tmp_path / "weights" / "pytorch_model.bin").touch()),
+        ("no such folder", folder.mkdir),
+        ("no config.json", (folder / "config.json").touch),
+        ("no weights", (folder / "pytorch_model.bin").touch),
+        ("config.json cannot be read", lambda: write_config(hidden_size=1 + model.hidden_size)),
+        (rf"hidden_size: weights {1 + model.hidden_size}, recipe {model.hidden_size}", write_config),
     ):
-        with pytest.raises(CheckpointError, match=f"model.init_from ~/weights: {what}"):
+        with pytest.raises(CheckpointError, match=what):
             check("~/weights")
         make()
+    check("~/weights")
+    write_shard("model.safetensors", 300)
+    with pytest.raises(CheckpointError, match=r"~/weights: model\.safetensors cannot be read"):
+        check("~/weights")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    write_shard("one.safetensors")
+    with pytest.raises(CheckpointError, match=r"two\.safetensors cannot be read: No such file"):
+        check("~/weights")
+    write_shard("two.safetensors")
     check("~/weights")
     with pytest.raises(CheckpointError, match="org/name: no such folder") as refused:
         check("org/name")
