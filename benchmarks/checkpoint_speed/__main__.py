@@ -23,10 +23,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from aifactory_train.bench.paired import MIN_BLOCKS, order_of_turns, ratio_of_medians
 from aifactory_train.results.provenance import provenance
 from aifactory_train.rundir import step_folder, write_atomic
 from benchmarks.checkpoint_speed.ranks import BYTES_PER_PARAMETER, Ranks, started
-from benchmarks.peers.paired import MIN_BLOCKS, order_of_turns, ratio_of_medians
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"

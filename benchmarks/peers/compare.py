@@ -21,11 +21,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from aifactory_train.bench.paired import MIN_BLOCKS, Block, order_of_turns, ratio_of_medians
 from aifactory_train.recipe.load import load_recipe
 from aifactory_train.recipe.schema import fingerprint
 from aifactory_train.results.provenance import provenance
 from aifactory_train.rundir import write_atomic
-from paired import MIN_BLOCKS, Block, order_of_turns, ratio_of_medians
 from worker import RECIPE, THREADS
 
 HERE = Path(__file__).resolve().parent

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import compare
-from paired import order_of_turns, ratio_of_medians
+from aifactory_train.bench.paired import order_of_turns, ratio_of_medians
 
 PEERS = Path(__file__).resolve().parents[2] / "benchmarks" / "peers"
 
