@@ -48,9 +48,10 @@ def render_status(run: RunDir) -> str:
     """What the run folder and squeue tell of a run. Raises PlanError or RunFolderError where its files are damaged."""
     plan, attempts = load_plan(run.plan), read_attempts(run)
     jobs, silence = _ask(run)
+    engine = plan.layout.engine_name
     rows = [
         ("run", str(run.root)),
-        ("recipe", f"{plan.recipe.name} on {_counted(plan.layout.world_size, 'rank')} of {_nodes(plan)}"),
+        ("recipe", f"{plan.recipe.name} on {_counted(plan.layout.world_size, 'rank')} of {_nodes(plan)}, {engine}"),
         ("state", _state(run, plan, attempts, jobs)),
         *_progress(run, plan),
         *[("job", _job_line(job)) for job in jobs or []],

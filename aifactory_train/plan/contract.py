@@ -70,6 +70,11 @@ class Layout(Part):
         """Ranks over which FSDP or ZeRO splits: context-parallel ranks hold the same weights, so they share too."""
         return self.dp_shard * self.cp
 
+    @property
+    def engine_name(self) -> str:
+        """As it is shown: with the stage of ZeRO."""
+        return f"deepspeed ZeRO {self.zero_stage}" if self.engine == "deepspeed" else self.engine
+
 
 class Shape(Part):
     """Counts from the model's shapes alone; plan/shape.py says how each is defined."""

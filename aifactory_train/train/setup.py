@@ -97,13 +97,7 @@ def build_run(
     folder = RunDir(root)
     plan = load_plan(folder.plan)
     check_world_size(ranks, plan.layout.world_size)
-    device = pick_device(plan, ranks)
-    bind_cores(plan, ranks)
-    torch.set_num_threads(plan.layout.threads_per_rank)
-    join(ranks, device, timeout_s)
-    _refuse(plan, device, where=str(folder.plan))
-    torch.manual_seed(plan.recipe.train.seed + ranks.rank)
-
+    device = enter(plan, ranks, str(folder.plan), timeout_s)
     held = _hold_folder(folder, ranks)
     prepared = load_prepared(plan.recipe.data)
     check_fits_model(prepared.manifest, plan.recipe.model.vocab_size)
@@ -143,11 +137,21 @@ def build_run(
     return Run(folder, plan, ranks, engine, loader, meter, sinks, checkpoints, stop, deadline, first_step, held)
 
 
-def _refuse(plan: Plan, device: torch.device, where: str) -> None:
-    """Raise PlanError where this version, this torch or this device cannot train the layout."""
+def enter(plan: Plan, ranks: Ranks, where: str, timeout_s: float) -> torch.device:
+    """Device, cores, threads, process group and seed of this rank, as the plan says. Collective: all ranks arrive.
+
+    Raises:
+        PlanError: this version, this torch or this device cannot train the layout; `where` names the plan.
+    """
+    device = pick_device(plan, ranks)
+    bind_cores(plan, ranks)
+    torch.set_num_threads(plan.layout.threads_per_rank)
+    join(ranks, device, timeout_s)
     refuse_untrainable(plan.layout, where)
     refuse_old_torch(plan.layout)
     refuse_fp8(plan.layout, device)
+    torch.manual_seed(plan.recipe.train.seed + ranks.rank)
+    return device
 
 
 def _check_weights(recipe: Recipe, ranks: Ranks, checkpoints: CheckpointManager, fresh: bool) -> None:
@@ -361,10 +365,9 @@ def _origin(recipe: Recipe, folder: RunDir, commit: Commit | None) -> str:
 def _headline(plan: Plan, device: torch.device) -> str:
     layout, predicted = plan.layout, plan.predicted
     bound = "at least " if None in predicted.step_time_s.values() and predicted.run_time_s is not None else ""
-    engine = f"deepspeed ZeRO {layout.zero_stage}" if layout.engine == "deepspeed" else layout.engine
     return (
         f"{plan.recipe.name}: {format_count(plan.shape.n_parameters)} parameters, {layout.world_size} rank(s) on "
-        f"{device.type}, {engine}, {layout.precision}, {layout.accumulation} x {layout.micro_batch_rows} rows a rank; "
+        f"{device.type}, {layout.engine_name}, {layout.precision}, {layout.accumulation} x {layout.micro_batch_rows} rows a rank; "
         f"predicted: peak {format_bytes(predicted.peak_memory_bytes)}, "
         f"step {bound}{format_seconds(predicted.total_step_time_s)}, run {bound}{format_seconds(predicted.run_time_s)}"
     )

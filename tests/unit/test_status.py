@@ -102,7 +102,7 @@ def test_a_running_job_shows_step_loss_speed_commit_and_time(run, slurm, clock):
     plan = a_plan()
     n_steps, predicted = plan.recipe.n_steps, plan.predicted.tokens_per_s
     assert shown(run, "state") == ["running"]
-    assert shown(run, "recipe") == [f"{plan.recipe.name} on 2 ranks of 1 node of local"]
+    assert shown(run, "recipe") == [f"{plan.recipe.name} on 2 ranks of 1 node of local, fsdp2"]
     assert shown(run, "step")[0].startswith(f"30 of {n_steps} ({3000 / n_steps:.1f} %), 123 k of ")
     assert shown(run, "loss") == ["3.000 nats/token at step 30"]
     off = f"{(20_000 / predicted - 1) * 100:+.1f} %"
