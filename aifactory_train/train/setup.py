@@ -367,7 +367,8 @@ def _headline(plan: Plan, device: torch.device) -> str:
     bound = "at least " if None in predicted.step_time_s.values() and predicted.run_time_s is not None else ""
     return (
         f"{plan.recipe.name}: {format_count(plan.shape.n_parameters)} parameters, {layout.world_size} rank(s) on "
-        f"{device.type}, {layout.engine_name}, {layout.precision}, {layout.accumulation} x {layout.micro_batch_rows} rows a rank; "
+        f"{device.type}, {layout.engine_name}, {layout.precision}, "
+        f"{layout.accumulation} x {layout.micro_batch_rows} rows a rank; "
         f"predicted: peak {format_bytes(predicted.peak_memory_bytes)}, "
         f"step {bound}{format_seconds(predicted.total_step_time_s)}, run {bound}{format_seconds(predicted.run_time_s)}"
     )
