@@ -67,6 +67,11 @@ def set_local_rank() -> None:
     os.environ["LOCAL_RANK"] = next((env[name] for name in _LOCAL_RANK if env.get(name)), "0")
 
 
+def set_deterministic() -> None:
+    """What cuBLAS needs for sums in one order; torch's deterministic mode refuses its kernels without it."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
 def job_variables(machine: Machine, threads: int) -> list[Variable]:
     """For the ranks of a batch job: ours, then those of the machine file."""
     return rank_variables(machine, threads) + machine.environment
