@@ -30,13 +30,14 @@ PIP_LINES := sed -u -n -E -e 's/^ *(Downloading|Using cached) ([^ ]+) (\(.*\)).*
 PIP_INSTALL = $(BIN)/pip install --disable-pip-version-check --no-input --progress-bar off -c $(VENV)/constraints.txt
 title = @printf '\n== %s\n' '$(1)'
 
-.PHONY: help demo test parity check launchers bench-peers bench-checkpoint plan-accuracy gpu-check clean
+.PHONY: help demo test parity check launchers bench-smoke bench-peers bench-checkpoint plan-accuracy gpu-check clean
 help:
 	@echo 'make demo         from text to a trained, exported, sampled language model (2 CPU ranks, or the GPU)'
 	@echo '                  ENGINE=deepspeed: with that engine'
 	@echo 'make test         all tests that need no GPU'
 	@echo 'make parity       every layout against one process, the long list too; writes docs/parity.md'
 	@echo 'make check        format, types, house rules, fast tests: under a minute'
+	@echo 'make bench-smoke  the smoke suite here, in 2 minutes, into bench-results/smoke'
 	@echo 'make bench-peers  our tokens/s beside those of transformers.Trainer, measured in turns'
 	@echo 'make bench-checkpoint  a checkpoint of 1 B parameters beside dd: 25 GB of disk, 14 GB of memory, 10 minutes'
 	@echo 'make plan-accuracy  the planner beside published runs, with fits (4 minutes); ROWS=FILE.csv: other rows, no fit'
@@ -77,6 +78,10 @@ check: $(VENV)/.installed-test
 
 launchers: $(VENV)/.installed
 	@$(BIN)/python launchers/render.py
+
+bench-smoke: $(VENV)/.installed
+	@rm -rf bench-results/smoke
+	@$(RUN) bench smoke --out bench-results/smoke
 
 bench-peers: $(VENV)/.installed-test
 	$(call title,prepare: the text of the yardstick)

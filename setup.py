@@ -1,7 +1,7 @@
 """Packaging. Tool settings are in pyproject.toml, pins in constraints.txt.
 
-`configs/` and `launchers/` stand at the top of the checkout; a wheel carries them as
-`aifactory_train/configs` and `aifactory_train/launchers`, and the commit that it was built from as
+`configs/`, `launchers/` and the programs of `benchmarks/` stand at the top of the checkout; a wheel carries them as
+`aifactory_train/configs` and so on, and the commit that it was built from as
 `aifactory_train/_commit.txt`.
 """
 
@@ -17,7 +17,11 @@ from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).resolve().parent
 PACKAGE = "aifactory_train"
-CARRIED = ("configs", "launchers")
+# The programs that a suite starts, and what they are judged by; results and our own studies stay in the checkout.
+CARRIED = (
+    *("configs/**/*", "launchers/**/*"),
+    *("benchmarks/*.py", "benchmarks/suites/*.yaml", "benchmarks/references/*.yaml", "benchmarks/schema/*.json"),
+)
 
 
 def version() -> str:
@@ -68,8 +72,8 @@ class BuildPy(build_py):
         return Path(self.build_lib) / PACKAGE / "_commit.txt"
 
     def _carried(self) -> list[tuple[Path, Path]]:
-        """(source, target) of every file below configs/ and launchers/."""
-        files = (p for folder in CARRIED for p in sorted((HERE / folder).rglob("*")) if p.is_file())
+        """(source, target) of every file that stands beside the package."""
+        files = (p for pattern in CARRIED for p in sorted(HERE.glob(pattern)) if p.is_file())
         return [(p, Path(self.build_lib) / PACKAGE / p.relative_to(HERE)) for p in files]
 
 

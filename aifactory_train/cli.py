@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from aifactory_train import __version__
+from aifactory_train.bench_cli import add_bench_job_options, add_bench_options, bench, bench_job
 from aifactory_train.cli_options import (
     a_path,
     add_attempt_verb,
@@ -85,6 +86,8 @@ def _parser() -> argparse.ArgumentParser:
         "measured", nargs="+", type=a_path, metavar="RUN", help="run folders, rates of benchmarks, files of probe"
     )
     calibrate.add_argument("--out", type=a_path, metavar="FILE", help="file to write (default NAME-measured.yaml)")
+    add_bench_options(verb("bench", "a suite of benchmarks: here, or by Slurm on nodes of a machine", bench))
+    add_bench_job_options(verb("bench-job", "what the batch script of a bench runs: begin, end", bench_job))
     add_sample_options(verb("sample", "text by the exported model, through plain transformers", _sample))
     return parser
 

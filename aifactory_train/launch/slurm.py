@@ -18,7 +18,6 @@ from aifactory_train.units import format_slurm_time
 
 # Long enough to get somewhere, short enough to be backfilled; --time wins, and the chain goes on after it.
 DEFAULT_TIME_H = 12.0
-TEMPLATE = "job.sbatch.j2"
 LINE_CHARS = 118
 Line = tuple[str, str]  # an option, and why; "" where it says so itself
 
@@ -29,7 +28,43 @@ def launchers_dir() -> Path:
 
 
 def render_job(machine: Machine) -> str:
-    """The batch script of a machine. Raises MachineError where it has no Slurm."""
+    """The batch script that trains on a machine. Raises MachineError where it has no Slurm."""
+    slurm = _slurm_of(machine)
+    by_srun = slurm.starter == "srun"
+    return _render(
+        "job.sbatch.j2",
+        machine,
+        why_time="of one job; the run goes on in the next",
+        start=_srun(machine, slurm) if by_srun else _mpirun(machine, '"$SLURM_NTASKS"', str(machine.device.per_node)),
+        # A rank that finds its node unfit must not end those that are still looking.
+        keep_going=" --kill-on-bad-exit=0" if by_srun else "",
+        end_together=" --kill-on-bad-exit=1" if by_srun else "",
+        in_ranks="${aifactory_train[@]}",
+    )
+
+
+def render_bench(machine: Machine) -> str:
+    """The batch script that runs a bench on a machine. Raises MachineError where it has no Slurm."""
+    slurm = _slurm_of(machine)
+    by_srun, n_ranks = slurm.starter == "srun", '"$((n_nodes * per_node))"'
+    of_cell = [
+        ('--nodes="$n_nodes"', ""),
+        (f"--ntasks={n_ranks}", ""),
+        ('--ntasks-per-node="$per_node"', ""),
+        ('--kill-on-bad-exit="$together"', ""),
+    ]
+    return _render(
+        "bench.sbatch.j2",
+        machine,
+        why_time="aifactory-train bench gives what the suite needs",
+        start=[*_srun(machine, slurm), *of_cell] if by_srun else _mpirun(machine, n_ranks, "$per_node"),
+        together=by_srun,
+        in_ranks="${python[@]}",
+    )
+
+
+def _render(template: str, machine: Machine, why_time: str, in_ranks: str, **of_template: object) -> str:
+    """in_ranks: what a rank runs, as an array of bash."""
     slurm = _slurm_of(machine)
     loader = jinja2.FileSystemLoader(launchers_dir() / "templates")
     env = jinja2.Environment(
@@ -42,22 +77,18 @@ def render_job(machine: Machine) -> str:
     env.filters.update(quoted=shlex.quote, assigned=_assigned, remark=_remark, reasoned=_reasoned)
     container = machine.container
     pyxis = container is not None and container.runtime == "pyxis"
-    by_srun = slurm.starter == "srun"
-    return env.get_template(TEMPLATE).render(
+    return env.get_template(template).render(
         machine=machine,
         slurm=slurm,
         title=machine.title or machine.name,
         wanted=_wanted(slurm),
-        directives=_directives(machine, slurm),
+        directives=_directives(machine, slurm, why_time),
         container=container,
         in_container=_in_container(container) if container else "",
         variables=job_variables(machine, cpus_per_rank(machine)),
         rendezvous=machine.rendezvous,
-        start=_srun(machine, slurm) if by_srun else _mpirun(machine),
-        # A rank that finds its node unfit must not end those that are still looking.
-        keep_going=" --kill-on-bad-exit=0" if by_srun else "",
-        end_together=" --kill-on-bad-exit=1" if by_srun else "",
-        ranks_python='"${in_ranks[@]}"' if pyxis else '"${aifactory_train[@]}"',
+        ranks_python='"${in_ranks[@]}"' if pyxis else f'"{in_ranks}"',
+        **of_template,
     )
 
 
@@ -88,13 +119,13 @@ def _wanted(slurm: Slurm) -> str:
     return account + ("--qos=QOS " if slurm.qos_required and slurm.default_qos is None else "")
 
 
-def _directives(machine: Machine, slurm: Slurm) -> list[Line]:
+def _directives(machine: Machine, slurm: Slurm, why_time: str) -> list[Line]:
     most_h = min(p for p in (slurm.partition.max_time_h, _default_qos_time_h(slurm), DEFAULT_TIME_H) if p is not None)
     lines = [
         (f"--partition={slurm.partition.name}", ""),
         *([(f"--qos={slurm.default_qos}", "")] if slurm.default_qos else []),
         ("--nodes=1", "give --nodes to sbatch: it wins"),
-        (f"--time={format_slurm_time(most_h * 3600)}", "of one job; the run goes on in the next"),
+        (f"--time={format_slurm_time(most_h * 3600)}", why_time),
         (f"--ntasks-per-node={machine.device.per_node}", "one rank per device"),
         (f"--cpus-per-task={cpus_per_rank(machine)}", ""),
     ]
@@ -126,11 +157,11 @@ def _srun(machine: Machine, slurm: Slurm) -> list[Line]:
     return lines + [(shlex.quote(o.option), o.why) for o in slurm.srun_options]
 
 
-def _mpirun(machine: Machine) -> list[Line]:
-    per_node, cpus = machine.device.per_node, cpus_per_rank(machine)
+def _mpirun(machine: Machine, n_ranks: str, per_node: str) -> list[Line]:
+    cpus = cpus_per_rank(machine)
     return [
         (shlex.quote(machine.mpi.mpirun or "mpirun"), ""),
-        ('-n "$SLURM_NTASKS"', ""),
+        (f"-n {n_ranks}", ""),
         (f"--map-by ppr:{per_node}:node:PE={cpus}", "one rank per device, with its share of the cores"),
         ("--bind-to core", ""),
     ]
