@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     calibrate.add_argument("machine", help="name in configs/machines/, or a file")
     calibrate.add_argument(
-        "measured", nargs="+", type=a_path, metavar="RUN", help="run folders, rates of benchmarks, files of probe"
+        "measured", nargs="+", type=a_path, metavar="RUN", help="folders of runs and benchmarks, files of probe"
     )
     calibrate.add_argument("--out", type=a_path, metavar="FILE", help="file to write (default NAME-measured.yaml)")
     add_bench_options(verb("bench", "a suite of benchmarks: here, or by Slurm on nodes of a machine", bench))

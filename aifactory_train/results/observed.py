@@ -2,44 +2,36 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from aifactory_train.errors import RunFolderError
 from aifactory_train.machine.load import load_machine
-from aifactory_train.machine.machine import ByDtype, Machine, Measured
+from aifactory_train.machine.machine import Machine, Measured
 from aifactory_train.plan.calibrate import RateObservation, RunObservation, differing_facts
 from aifactory_train.plan.plan import Plan, load_plan
 from aifactory_train.plan.work import work_of
+from aifactory_train.results.benchmarked import (
+    SHA_DIGITS,
+    BenchRecord,
+    load_bench_records,
+    plan_of,
+    rates_of,
+    run_of,
+)
 from aifactory_train.results.record import Result
 from aifactory_train.rundir import RunDir, read_jsonl
-
-_SHA_DIGITS = 10
-
-
-class RateRecord(BaseModel):
-    """Rates of one device of a machine, as a benchmark leaves them in a JSON file."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    schema_: Literal["aifactory-rates/1"] = "aifactory-rates/1"
-    machine: str
-    device: str
-    matmul_flops_per_s: ByDtype = ByDtype()
-    memory_bytes_per_s: float | None = None
-    checkpoint_bytes_per_s: float | None = None
-    provenance: dict[str, Any]
 
 
 def load_observations(machine: Machine, paths: list[Path]) -> tuple[list[RateObservation], list[RunObservation]]:
     """Everything that was measured, each file once.
 
     Args:
-        paths: run folders or their result.json; rates of benchmarks (JSON); machine files written by `probe` (YAML).
+        paths: run folders or their result.json; bench folders or records of them (JSON); machine files written by
+            `probe` (YAML).
 
     Raises:
         RunFolderError: nothing there, of another machine, without provenance, or without a steady state.
@@ -50,8 +42,10 @@ def load_observations(machine: Machine, paths: list[Path]) -> tuple[list[RateObs
     for path in dict.fromkeys(p.parent.resolve() if p.name == "result.json" else p.resolve() for p in paths):
         if path.suffix in (".yaml", ".yml"):
             rates.append(_probed(machine, path))
-        elif path.is_file():
-            rates.append(_benchmarked(machine, path))
+        elif path.is_file() or (path / "records").is_dir():
+            more_rates, more_runs = _benchmarked(machine, path)
+            rates += more_rates
+            runs += more_runs
         else:
             runs.append(_ran(machine, RunDir(path)))
     return rates, runs
@@ -80,7 +74,7 @@ def _ran(machine: Machine, run: RunDir) -> RunObservation:
     hosts = result.attempts[-1].hosts if result.attempts else []
     n_nodes = "1 node" if len(hosts) == 1 else f"{len(hosts)} nodes"
     return RunObservation(
-        origin=f"run {result.name} (git {sha[:_SHA_DIGITS]}, steps to {result.last_step}, {n_nodes})",
+        origin=f"run {result.name} (git {sha[:SHA_DIGITS]}, steps to {result.last_step}, {n_nodes})",
         work=work_of(plan.recipe),
         layout=plan.layout,
         step_time_s=result.step_time_s.measured,
@@ -115,33 +109,24 @@ def _checkpoint_bytes_per_s(run: RunDir, plan: Plan) -> float | None:
     return statistics.median(rates) if rates else None
 
 
-def _benchmarked(machine: Machine, path: Path) -> RateObservation:
-    try:
-        record = RateRecord.model_validate(json.loads(path.read_text()))
-    except (OSError, ValueError) as error:
-        said = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
-        raise RunFolderError(
-            f"neither a run nor rates of a benchmark (schema_ aifactory-rates/1): {said}",
-            where=str(path),
-            do="give run folders, rates of benchmarks, or files that aifactory-train probe wrote",
-        ) from None
-    pairs = (("machine", machine.name, record.machine), ("device", machine.device.name, record.device))
-    _refuse_differences([(key, one, two) for key, one, two in pairs if one != two], machine, path)
-    sha = record.provenance.get("git_sha")
-    if not sha:
-        raise RunFolderError(
-            "rates without git sha cannot be traced back to what ran",
-            where=f"{path}: provenance",
-            do="leave it out, or run the benchmark again from a git checkout",
-        )
-    return RateObservation(
-        origin=f"{path.name} (git {sha[:_SHA_DIGITS]})",
-        measured=Measured(
-            matmul_flops_per_s=record.matmul_flops_per_s,
-            memory_bytes_per_s=record.memory_bytes_per_s,
-            checkpoint_bytes_per_s=record.checkpoint_bytes_per_s,
-        ),
-    )
+def _benchmarked(machine: Machine, path: Path) -> tuple[list[RateObservation], list[RunObservation]]:
+    records, runs = load_bench_records(path), []
+    for record in records:
+        if record.benchmark == "step":
+            plan = plan_of(record, path)
+            _refuse_another_machine(machine, plan.machine, plan.machine.name, path)
+            runs.append(run_of(record, plan))
+        else:
+            _refuse_differences(_differing_hardware(machine, record), machine, path)
+    return rates_of(machine, records), runs
+
+
+def _differing_hardware(machine: Machine, record: BenchRecord) -> list[tuple[str, Any, Any]]:
+    """By the processor where both name it, by the machine's name elsewhere: a file may have another name than that."""
+    seen = record.provenance.get("cpu")
+    if machine.host.cpu is not None and seen is not None and record.machine != machine.name:
+        return [] if machine.host.cpu == seen else [("host.cpu", machine.host.cpu, seen)]
+    return [] if record.machine == machine.name else [("machine", machine.name, record.machine)]
 
 
 def _probed(machine: Machine, path: Path) -> RateObservation:

@@ -28,6 +28,7 @@ from aifactory_train.plan.steptime import estimate_step_time_s, total_step_time_
 from aifactory_train.plan.work import work_of
 from aifactory_train.results.observed import load_observations
 from aifactory_train.results.record import write_result
+from bench_json import a_gemm
 from results_run import ORIGIN, a_plan, a_run
 
 TODAY = "2026-11-23"
@@ -261,31 +262,6 @@ def test_a_damaged_result_is_refused(tmp_path):
     assert "not a result of this version" in refused(machine, run.root)
 
 
-def rates_file(tmp_path, **changes):
-    record = {
-        "schema_": "aifactory-rates/1",
-        "machine": "site",
-        "device": "NVIDIA A100-SXM-64GB",
-        "matmul_flops_per_s": {"bf16": 2.7e14},
-        "provenance": {"git_sha": "0123456789abcdef"},
-    }
-    path = tmp_path / "gemm.json"
-    path.write_text(json.dumps(record | changes))
-    return path
-
-
-def test_rates_of_a_benchmark_are_read_and_those_of_another_machine_or_without_git_sha_refused(tmp_path):
-    [rates], runs = load_observations(a_gpu_machine(), [rates_file(tmp_path)])
-    assert rates.origin == "gemm.json (git 0123456789)" and runs == []
-    assert rates.measured == Measured(matmul_flops_per_s=ByDtype(bf16=2.7e14))
-    assert "machine other in place of site" in refused(a_gpu_machine(), rates_file(tmp_path, machine="other"))
-    assert "device X in place of" in refused(a_gpu_machine(), rates_file(tmp_path, device="X"))
-    assert "git sha" in refused(a_gpu_machine(), rates_file(tmp_path, provenance={}))
-    assert "neither a run nor rates" in refused(a_gpu_machine(), rates_file(tmp_path, schema_="peers/1"))
-    (tmp_path / "notes.json").write_text("not JSON")
-    assert "neither a run nor rates" in refused(a_gpu_machine(), tmp_path / "notes.json")
-
-
 def test_a_file_of_probe_is_read_under_whatever_name_and_refused_without_rates(tmp_path):
     source = FactSource(facts=["measured"], source="aifactory-train probe", by="measured", date="2026-11-01")
     here = a_gpu_machine(Measured(memory_bytes_per_s=1.5e12)).model_copy(update={"name": "node7", "sources": [source]})
@@ -347,7 +323,8 @@ def test_calibrate_replaces_a_machine_file_and_no_other(tmp_path, capsys):
 def test_calibrate_with_rates_alone_says_that_the_ratio_is_dropped(tmp_path, capsys):
     ratio = Ratio(median=1.5, low=1.2, high=1.9, n_results=3)
     write_machine(a_gpu_machine(Measured(step_time_ratio=Ratios(bf16=ratio))), tmp_path / "site.yaml")
-    verb = ["calibrate", str(tmp_path / "site.yaml"), str(rates_file(tmp_path)), "--out", str(tmp_path / "new.yaml")]
+    (tmp_path / "gemm.json").write_text(json.dumps(a_gemm()))
+    verb = ["calibrate", str(tmp_path / "site.yaml"), str(tmp_path / "gemm.json"), "--out", str(tmp_path / "new.yaml")]
     assert main(verb) == 0
     said = capsys.readouterr().out
     assert "step_time_ratio.bf16: dropped, because no bf16 run was given" in said and "step_time_ratio.fp32" not in said
