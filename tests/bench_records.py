@@ -17,7 +17,8 @@ STEADY = (99.0, 99.5, 99.8, 99.9, 100.0, 100.0, 100.1, 100.2, 100.5, 101.0)
 PROVENANCE = {
     "git_sha": "1" * 40,
     "versions": {"python": "3.11.2", "torch": "2.13.0", "nccl": None},
-    "device": {"name": "cpu", "sku": "cpu:model-a", "power_cap_w": None},
+    "cpu": "AMD EPYC",
+    "n_cpus": 2,
 }
 
 
