@@ -166,8 +166,14 @@ def _run_here(asked: Asked, machine: Machine, folder: Path) -> int:
         print(f"bench {folder}: {len(todo)} of {len(asked.cells)} programs to run")
         for line in asked.left_out:
             print(f"left out: {line}")
-        for cell in todo:
-            _run_cell(cell, _local_command(cell, asked, machine, folder), machine, folder)
+        # A SIGTERM, as of `timeout` or CI, would leave the ranks behind: it ends us as Ctrl-C does.
+        before = {n: signal.signal(n, signal.default_int_handler) for n in (signal.SIGTERM, signal.SIGHUP)}
+        try:
+            for cell in todo:
+                _run_cell(cell, _local_command(cell, asked, machine, folder), machine, folder)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
         return finish(folder)
 
 
