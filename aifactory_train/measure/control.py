@@ -10,9 +10,13 @@ from __future__ import annotations
 
 import json
 import os
+import select
+import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
@@ -265,6 +269,30 @@ def build_control(ranks: Ranks, timeout_s: float, of_node: bool = False) -> Cont
     if ranks.world_size == 1:
         return Control()
     return StoreControl(ranks.rank, ranks.world_size, ranks.store, timeout_s)
+
+
+@contextmanager
+def limited_start(limit_s: float) -> Iterator[None]:
+    """End this process where MPI_Init waits for a rank that is gone.
+
+    It knows no limit, and no thread of Python runs meanwhile; so another process looks at the clock.
+    """
+    read, write = os.pipe()
+    parent, child = os.getpid(), os.fork()
+    if child == 0:
+        os.close(write)  # so that the pipe ends with the parent
+        if not select.select([read], [], [], limit_s)[0]:
+            what = f"MPI did not start all ranks within {limit_s:.0f} s"
+            error = RendezvousError(what, where=f"a rank on {node_name()}", do="look at the hosts and at the fabric")
+            print(error.render(), file=sys.stderr, flush=True)
+            os.kill(parent, signal.SIGKILL)
+        os._exit(0)
+    os.close(read)
+    try:
+        yield
+    finally:
+        os.close(write)
+        os.waitpid(child, 0)
 
 
 def _meet(control: Control, timeout_s: float) -> list[str]:

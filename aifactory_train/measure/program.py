@@ -28,6 +28,7 @@ from aifactory_train.bench.metric_names import NAMES
 from aifactory_train.bench.record import (
     EnergyWindow,
     Flops,
+    Judgement,
     Metric,
     Protocol,
     Record,
@@ -41,8 +42,10 @@ from aifactory_train.bench.record import (
 from aifactory_train.errors import AifactoryError, Interrupted, RendezvousError
 from aifactory_train.machine.load import LOCAL, load_machine
 from aifactory_train.machine.machine import Machine
-from aifactory_train.measure.control import VERDICT_S, Control, Missing, build_control
-from aifactory_train.measure.surroundings import bind_threads, probe_surroundings
+from aifactory_train.measure.control import VERDICT_S, Control, Missing, build_control, limited_start
+from aifactory_train.measure.energy import MIN_WINDOW_S
+from aifactory_train.measure.meters import Meters, join_windows
+from aifactory_train.measure.surroundings import bind_threads, probe_rank, probe_surroundings
 from aifactory_train.measure.timing import Limits, WarmUp, Work, sample, warm_up
 from aifactory_train.train.ranks import Ranks, _open_store, find_ranks, node_name
 from aifactory_train.units import format_quantity
@@ -70,7 +73,9 @@ class Program:
         self.benchmark, self.options, self.ranks, self.device = benchmark, options, ranks, device
         self.control = Control()
         budget_s = BUDGET_S[device.type] if options.budget_s is None else options.budget_s
-        self.limits = Limits(soak_s=SOAK_S[device.type], budget_s=budget_s)
+        # Energy counters of GPUs say nothing about shorter windows.
+        window_s = MIN_WINDOW_S if device.type == "cuda" else 0.0
+        self.limits = Limits(soak_s=SOAK_S[device.type], budget_s=budget_s, min_window_s=window_s)
         self.folder = Path(options.out or f"bench-results/{options.suite}-{self.machine_name}-{_now():%Y%m%dT%H%M%SZ}")
         self._cell: Cell = {}
         self._started = _now()
@@ -95,7 +100,8 @@ class Program:
         if ranks.world_size > 1 and ranks.source != "mpi" and ranks.store is None:
             self.ranks = ranks = replace(ranks, store=_open_store(ranks, timeout_s))
         self.control = build_control(ranks, timeout_s, self.options.alone)
-        bind_threads(ranks, self.control, timeout_s)
+        bind_threads(self.control, timeout_s)
+        self.meters = Meters(self.device, of_node=ranks.local_rank == 0)
         threading.Thread(target=self._watch, daemon=True).start()
 
     def measure(
@@ -120,14 +126,17 @@ class Program:
             warmed = warm_up(self._alive(work), self.device, self.limits, self.control, before, timeout_s)
             # The device stays warm from here on.
             self.limits = replace(self.limits, soak_s=0.0)
-            seconds, ci_reached = sample(
-                self._alive(work), self.device, self.limits, self.control, before, warmed, timeout_s
-            )
+            with self.meters.window() as window:
+                seconds, ci_reached = sample(
+                    self._alive(work), self.device, self.limits, self.control, before, warmed, timeout_s
+                )
             n_wrong = None if wrong is None else wrong()
-        reports = self.control.gather({"seconds": seconds, "wrong": n_wrong}, timeout_s)
+        mine = {"seconds": seconds, "wrong": n_wrong, "window": window.as_json(), "rank": probe_rank(self.device)}
+        reports = self.control.gather(mine, timeout_s)
         if reports is None:
             return None
         by_rank = {rank: report["seconds"] for rank, report in enumerate(reports)}
+        windows = join_windows([report["window"] for report in reports])
         samples = {
             quantity.name: {rank: _values(quantity, times) for rank, times in by_rank.items()}
             for quantity in quantities
@@ -137,17 +146,21 @@ class Program:
             cell,
             samples,
             self._protocol(warmed, seconds, ci_reached, reduction),
-            facts=facts,
+            facts={**(facts or {}), "ranks": [report["rank"] for report in reports], "health": windows.health},
             flops=flops,
-            validity=Validity(wrong_values=None if None in wrongs else sum(wrongs)),
+            validity=Validity(wrong_values=None if None in wrongs else sum(wrongs), throttled=windows.throttled),
+            energy=windows.energy,
+            unavailable=windows.unavailable,
         )
 
     def write(
         self,
         cell: Cell,
         samples: Mapping[str, Mapping[int, Sequence[float]]],
-        protocol: Protocol,
+        protocol: Protocol | None,
         *,
+        hosts: Sequence[str] | None = None,
+        fault: str | None = None,
         facts: Mapping[str, Any] | None = None,
         flops: Flops | None = None,
         validity: Validity | None = None,
@@ -156,17 +169,23 @@ class Program:
     ) -> Record | None:
         """Write and print a record of samples that the program has taken itself and gathered: name -> rank -> values.
 
-        Rank 0 writes; elsewhere nothing happens. Names that are no metric are kept as samples only.
+        Rank 0 writes; elsewhere nothing happens. Names that are no metric are kept as samples only. hosts: of the cell,
+        if not all. Without samples there is no protocol, but a fault, or facts["skipped"] says why.
         """
         if self.control.rank != 0:
             return None
         metrics = [
             build_metric(name, NAMES[name].better, by_rank, self.control.hosts, protocol.rank_reduction)
             for name, by_rank in samples.items()
-            if name in NAMES
+            if name in NAMES and protocol is not None
         ]
+        why = (facts or {}).get("skipped", "")
+        skipped = Judgement(metric="", verdict="skipped", reference=None, tolerance_frac=None, why=why)
         record = self._record(
             cell,
+            hosts=list(hosts or self.control.hosts),
+            fault=fault,
+            verdicts=[skipped] if why else [],
             protocol=protocol,
             metrics=metrics,
             facts=dict(facts or {}),
@@ -176,8 +195,8 @@ class Program:
             unavailable=list(unavailable),
         )
         write_record(self.folder, record, samples)
-        for metric in metrics:
-            print(_line(self.benchmark, cell, metric, protocol), flush=True)
+        lines = [_line(self.benchmark, cell, metric, protocol) for metric in metrics if protocol is not None]
+        print("\n".join(lines or [f"{_shown(self.benchmark, cell)} | {fault or f'skipped: {why}'}"]), flush=True)
         self._started = _now()
         return record
 
@@ -241,14 +260,13 @@ class Program:
             benchmark=self.benchmark,
             suite=self.options.suite,
             machine=self.machine_name,
-            hosts=self.control.hosts,
+            **{"hosts": self.control.hosts, **parts},
             started=self._started.isoformat(timespec="seconds"),
             ended=_now().isoformat(timespec="seconds"),
             cell={**cell, "ranks": self.control.size},
             provenance=seen,
             unavailable=[*missed, *unavailable],
             samples=None,
-            **parts,
         )
 
     def __enter__(self) -> Program:
@@ -307,13 +325,9 @@ def start(
     """
     options = _parse(benchmark, doc, add_options, argv)
     signal.signal(signal.SIGTERM, _raise_interrupted)
-    # MPI_Init waits for all ranks without any limit.
-    guard = threading.Timer(options.timeout_s + VERDICT_S, _give_up_meeting, [options.timeout_s])
-    guard.daemon = True
-    guard.start()
     try:
-        ranks = find_ranks(options.timeout_s, keep_mpi=True, of_node=options.alone)
-        guard.cancel()
+        with limited_start(options.timeout_s + VERDICT_S):
+            ranks = find_ranks(options.timeout_s, keep_mpi=True, of_node=options.alone)
         program = Program(benchmark, options, ranks, _pick_device(ranks))
         if options.machine != LOCAL:
             _ = program.machine
@@ -360,13 +374,6 @@ def _raise_interrupted(number: int, frame: FrameType | None) -> None:
         f"asked to stop by {signal.Signals(number).name}",
         do="mpirun, srun and torchrun do so when a rank has died: look for their message",
     )
-
-
-def _give_up_meeting(timeout_s: float) -> None:
-    what = f"MPI did not start all ranks within {timeout_s:.0f} s"
-    error = RendezvousError(what, where=f"a rank on {node_name()}", do="look at the hosts that mpirun or srun names")
-    print(error.render(), file=sys.stderr, flush=True)
-    os._exit(RendezvousError.exit_code)
 
 
 def _values(quantity: Quantity, seconds: list[float]) -> list[float]:

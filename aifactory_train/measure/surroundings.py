@@ -19,7 +19,7 @@ from aifactory_train.train.ranks import Ranks, quoted_environment
 GOVERNOR = "devices/system/cpu/cpu0/cpufreq/scaling_governor"
 
 
-def bind_threads(ranks: Ranks, control: Control, timeout_s: float) -> None:
+def bind_threads(control: Control, timeout_s: float) -> None:
     """Let torch use this rank's share of the cores that it may run on. All ranks arrive.
 
     Ranks that their launcher did not bind share the same cores; with all of them each they would measure each other.
@@ -31,7 +31,7 @@ def bind_threads(ranks: Ranks, control: Control, timeout_s: float) -> None:
     torch.set_num_threads(min(torch.get_num_threads(), share))
 
 
-def probe_rank(ranks: Ranks, device: torch.device) -> dict[str, Any]:
+def probe_rank(device: torch.device) -> dict[str, Any]:
     """What may differ from rank to rank."""
     facts = {"cores": _spans(os.sched_getaffinity(0)), "threads": torch.get_num_threads(), "device": str(device)}
     if device.type == "cuda":

@@ -23,7 +23,7 @@ FEWEST_SAMPLES = 6
 # More than the last-level caches of today's devices and sockets.
 FLUSH_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
 # A chunk on a device is queued as a whole; so long it may take until the ranks speak again.
-CHUNK_S = 5.0
+CHUNK_S = 2.0
 CHUNK_CALLS = 1000
 
 
@@ -33,12 +33,14 @@ class Limits:
 
     At least `min_warmup` calls and `soak_s` of them are discarded, then more until the medians of two successive
     windows of `window` calls differ by less than `change_frac`, `max_warmup` at most. Samples are taken until there are
-    `min_samples` and the 95 % interval of the median is within `ci_half_width_frac` of it, or `budget_s` are over.
+    `min_samples` over `min_window_s`, and half of the 95 % interval of the median is below `ci_half_width_frac` of it,
+    or `budget_s` are over.
     The budget holds for the samples, and once more for the calls after the soak that are discarded.
     """
 
     soak_s: float
     budget_s: float
+    min_window_s: float = 0.0
     min_warmup: int = 10
     window: int = 10
     change_frac: float = 0.01
@@ -140,7 +142,8 @@ def sample(
             reached = len(series) >= limits.min_samples and _is_narrow(series, limits.ci_half_width_frac)
             now_s = time.monotonic()
             left_s = limits.budget_s - (now_s - begin_s)
-            more = 0 if reached or left_s <= 0 else _chunk_calls((now_s - chunk_s) / more, left_s)
+            enough = reached and now_s - begin_s >= limits.min_window_s
+            more = 0 if enough or left_s <= 0 else _chunk_calls((now_s - chunk_s) / more, left_s)
             if not reached and len(series) < FEWEST_SAMPLES:
                 more = max(more, FEWEST_SAMPLES - len(series))
         more, reached = control.broadcast([more, reached], timeout_s)
