@@ -24,9 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from aifactory_train.bench.paired import MIN_BLOCKS, order_of_turns, ratio_of_medians
+from aifactory_train.measure.state import BYTES_PER_PARAMETER, drop_from_cache
 from aifactory_train.results.provenance import provenance
 from aifactory_train.rundir import step_folder, write_atomic
-from benchmarks.checkpoint_speed.ranks import BYTES_PER_PARAMETER, Ranks, started
+from benchmarks.checkpoint_speed.ranks import Ranks, started
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -34,14 +35,6 @@ MEMORY = Path("/dev/shm")
 DD_BYTES = 1 << 24
 # dd reads so many random bytes from memory, over and over: disks of clouds write zeros twice as fast.
 SOURCE_BLOCKS = 16
-
-
-def drop_from_cache(folder: Path) -> None:
-    """So that the disk is read, not memory."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with open(path, "rb") as f:
-                os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def make_room(*paths: Path) -> None:
