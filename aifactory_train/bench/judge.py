@@ -13,9 +13,11 @@ from datetime import date
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from aifactory_train.bench.record import GREEN, Better, Judgement, Metric, Record, Verdict, cell_key, read_record
+from aifactory_train.bench.record import GREEN, Better, Judgement, Metric, Record, Verdict, cell_key
 from aifactory_train.bench.references import Reference, References, load_references, power_cap_w_of, sku_of, stack_of
 from aifactory_train.bench.statistics import outlier_nodes
+from aifactory_train.bench.store import BenchDir, load_records
+from aifactory_train.bench.suites import load_asked
 from aifactory_train.errors import storage_errors
 from aifactory_train.hostlist import compress
 from aifactory_train.rundir import write_atomic
@@ -49,14 +51,14 @@ def judge(
         others: records whose parameter count and fingerprint must be the same where cell, device and stack are.
         use_info: let references of few nodes judge, too.
     """
-    whole = _judge_whole(record) or _judge_beside(record, others)
+    whole = judge_whole(record) or _judge_beside(record, others)
     if whole is not None:
         names = [metric.name for metric in record.metrics] or [""]
         return [Judgement(metric=n, verdict=whole[0], reference=None, tolerance_frac=None, why=whole[1]) for n in names]
     return [judge_metric(record, metric, references, today, use_info=use_info) for metric in record.metrics]
 
 
-def _judge_whole(record: Record) -> tuple[Verdict, str] | None:
+def judge_whole(record: Record) -> tuple[Verdict, str] | None:
     """What makes the numbers of a record worthless, whatever they are."""
     validity = record.validity
     if record.fault:
@@ -212,7 +214,7 @@ class FolderVerdict(NamedTuple):
 
 
 def judge_folder(
-    folder: Path, hosts: Sequence[str], today: date, *, references_dir: Path | None = None, use_info: bool = False
+    folder: Path, today: date, *, references_dir: Path | None = None, use_info: bool = False
 ) -> FolderVerdict:
     """Judge all records of a bench folder: write the verdicts into them, and the three lists of nodes beside.
 
@@ -220,13 +222,15 @@ def judge_folder(
     where there is none.
 
     Args:
-        hosts: those that the bench was for.
+        folder: of a bench, or of programs started by hand, which has no suite.json and so no missing nodes.
         references_dir: by default that of the project.
 
     Raises:
         RunFolderError: a damaged record. MachineError: faulty references. StorageError: disk full or no permission.
     """
-    records = [read_record(path) for path in sorted((folder / "records").glob("*.json"))]
+    bench = BenchDir(folder)
+    records = load_records(folder)
+    hosts = load_asked(folder).hosts if bench.suite.exists() else []
     references = {name: load_references(name, references_dir) for name in {r.machine for r in records}}
     judged = {r.id: judge(r, references[r.machine], today, others=records, use_info=use_info) for r in records}
     nodes = judge_nodes(records, judged, hosts)
@@ -234,7 +238,8 @@ def judge_folder(
     with storage_errors("writing verdicts", folder, "free some space"):
         for record in records:
             document = json.dumps(record.model_dump(mode="json", by_alias=True), indent=1, allow_nan=False)
-            write_atomic(folder / "records" / f"{record.id}.json", document + "\n")
-        for name in ("passing", "failing", "missing"):
-            write_atomic(folder / f"{name}_nodes.txt", f"{compress(getattr(nodes, name))}\n".lstrip())
+            write_atomic(bench.record(record.id), document + "\n")
+        lists = {bench.passing_nodes: nodes.passing, bench.failing_nodes: nodes.failing}
+        for path, names in (lists | {bench.missing_nodes: nodes.missing}).items():
+            write_atomic(path, f"{compress(names)}\n" if names else "")
     return FolderVerdict(records, nodes, exit_code_of([j for of_one in judged.values() for j in of_one], nodes))

@@ -121,10 +121,10 @@ def of_nodes(*values: float) -> list[Record]:
 def folder_verdict(
     tmp_path: Path, records: list[Record], hosts: list[str], references: References | None = None
 ) -> FolderVerdict:
-    folder = write_folder(tmp_path / "bench", records)
+    folder = write_folder(tmp_path / "bench", records, hosts=hosts)
     if references:
         (tmp_path / "here.yaml").write_text(render_references(references))
-    return judge_folder(folder, hosts, TODAY, references_dir=tmp_path)
+    return judge_folder(folder, TODAY, references_dir=tmp_path)
 
 
 def test_slow_silent_and_sound_nodes_are_listed_for_slurm(tmp_path: Path) -> None:
