@@ -148,6 +148,7 @@ def test_a_wide_spread_hides_no_verdict_behind_a_share() -> None:
 
 def test_one_slow_node_among_equal_ones_is_found() -> None:
     assert list(outlier_nodes({"a": 1.0, "b": 1.0, "c": 1.0, "d": 1.2}, "lower")) == ["d"]
+    assert outlier_nodes({"a": 1.0, "b": 1.0, "c": 1.0, "d": 1.04}, "lower") == {}
 
 
 def test_two_or_three_nodes_are_held_against_the_best_and_it_is_said() -> None:
