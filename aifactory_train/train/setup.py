@@ -97,7 +97,9 @@ def build_run(
     folder = RunDir(root)
     plan = load_plan(folder.plan)
     check_world_size(ranks, plan.layout.world_size)
+    marks_s = {"process": _process_start_s(), "imported": time.time()}
     device = enter(plan, ranks, str(folder.plan), timeout_s)
+    marks_s["met"] = time.time()
     held = _hold_folder(folder, ranks)
     prepared = load_prepared(plan.recipe.data)
     check_fits_model(prepared.manifest, plan.recipe.model.vocab_size)
@@ -118,17 +120,19 @@ def build_run(
     if commit is not None:
         resume(plan, ranks, engine, checkpoints, commit)
     loader = build_loader(plan, ranks, prepared, pin_memory=device.type == "cuda")
+    marks_s["built"] = time.time()
     first_step = commit.step if commit else 0
     if first_step < plan.recipe.n_steps:
         t0_s = time.monotonic()
         engine.rehearse(loader.batch(first_step))
         deadline.rehearsed(time.monotonic() - t0_s)
+    marks_s["rehearsed"] = time.time()
     sinks = None
     hosts = _hosts(ranks)
     if ranks.rank == 0:
         with storage_errors("copying the tokenizer", folder.tokenizer, "free some space and launch again"):
             shutil.copytree(prepared.tokenizer_dir, folder.tokenizer, dirs_exist_ok=True)
-        _log_start(folder, plan, prepared, hosts, device, attempt, first_step)
+        _log_start(folder, plan, prepared, hosts, device, attempt, first_step, marks_s)
         sinks = Sinks(folder, plan, first_step, bar_columns)
         for note in (_headline(plan, device), prepared.describe(), _origin(plan.recipe, folder, commit)):
             sinks.note(note)
@@ -339,8 +343,16 @@ def _hosts(ranks: Ranks) -> list[str]:
 
 
 def _log_start(
-    folder: RunDir, plan: Plan, prepared: Prepared, hosts: list[str], device: torch.device, attempt: int, step: int
+    folder: RunDir,
+    plan: Plan,
+    prepared: Prepared,
+    hosts: list[str],
+    device: torch.device,
+    attempt: int,
+    step: int,
+    marks_s: dict[str, float],
 ) -> None:
+    """marks_s: when this rank came how far, seconds since the epoch: process, imported, met, built, rehearsed."""
     log_event(
         folder,
         "start",
@@ -352,7 +364,15 @@ def _log_start(
         unigram_entropy_nats=prepared.unigram_entropy_nats(),
         n_parameters=plan.shape.n_parameters,
         provenance=provenance(),
+        marks_s={name: round(at_s, 3) for name, at_s in marks_s.items()},
     )
+
+
+def _process_start_s() -> float:
+    """When this process began, seconds since the epoch, by the kernel's clock ticks (proc(5): stat, uptime)."""
+    ticks = float(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    age_s = float(Path("/proc/uptime").read_text().split()[0]) - ticks / os.sysconf("SC_CLK_TCK")
+    return time.time() - age_s
 
 
 def _origin(recipe: Recipe, folder: RunDir, commit: Commit | None) -> str:
