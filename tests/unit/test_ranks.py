@@ -3,7 +3,15 @@
 import pytest
 
 from aifactory_train.errors import PlanError, RendezvousError
-from aifactory_train.train.ranks import Ranks, check_world_size, find_ranks, first_host
+from aifactory_train.train.ranks import (
+    Ranks,
+    check_world_size,
+    find_ranks,
+    first_host,
+    node_name,
+    quoted_environment,
+    tasks_by_node,
+)
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
 SLURM = {
@@ -38,6 +46,30 @@ def test_the_launchers_address_wins_under_srun():
 def test_a_batch_shell_without_srun_is_alone():
     batch = {"SLURM_PROCID": "0", "SLURM_NTASKS": "16", "SLURM_JOB_ID": "1"}
     assert find_ranks(env=batch).world_size == 1
+
+
+def test_the_ranks_of_a_node_can_be_a_run_of_their_own():
+    of_node = find_ranks(env={**TORCHRUN, "LOCAL_WORLD_SIZE": "4"}, of_node=True)
+    assert (of_node.rank, of_node.world_size, of_node.address) == (1, 4, "127.0.0.1")
+    env = {**SLURM, "SLURM_STEP_TASKS_PER_NODE": "4(x3),2", "SLURM_NODEID": "3"}
+    assert find_ranks(env=env, of_node=True).world_size == 2
+    assert find_ranks(env=env, of_node=True).port not in (find_ranks(env=env).port, 29500)
+    assert find_ranks(env={}, of_node=True) == find_ranks(env={})
+
+
+def test_slurms_short_form_of_tasks_is_written_out():
+    assert tasks_by_node("2(x3),1") == [2, 2, 2, 1]
+    assert tasks_by_node("4") == [4] and tasks_by_node("") == []
+
+
+def test_a_result_quotes_what_decides_communication_and_no_secrets():
+    env = {"NCCL_ALGO": "RING", "FI_PROVIDER": "cxi", "SLURM_JOB_ID": "1", "SLURM_JWT": "x", "HF_TOKEN": "x"}
+    assert list(quoted_environment(env)) == ["FI_PROVIDER", "NCCL_ALGO", "SLURM_JOB_ID"]
+
+
+def test_a_node_is_called_as_slurm_calls_it():
+    assert node_name({"SLURMD_NODENAME": "nid0012"}) == "nid0012"
+    assert "." not in node_name({})
 
 
 def test_the_end_of_the_job_is_known_under_every_launcher():

@@ -1,0 +1,86 @@
+"""When the discarded calls end, when there are enough samples, and that all ranks make the same number of calls."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain, count, repeat
+
+import pytest
+import torch
+
+from aifactory_train.measure import timing
+from aifactory_train.measure.control import Control
+from aifactory_train.measure.timing import Limits, measure
+from control_threads import run_ranks
+
+CPU = torch.device("cpu")
+LIMITS = Limits(soak_s=0.0, budget_s=30.0)
+
+
+def script(monkeypatch: pytest.MonkeyPatch, times_s: Iterator[float]) -> None:
+    """Calls take these times, without waiting for them."""
+    monkeypatch.setattr(timing, "time_calls", lambda work, device, before, n: [next(times_s) for _ in range(n)])
+
+
+def measured(limits: Limits = LIMITS) -> timing.Samples:
+    return measure(lambda: None, CPU, limits, Control(), None)
+
+
+def test_calls_are_discarded_until_two_windows_agree(monkeypatch):
+    script(monkeypatch, chain(repeat(9.0, 10), repeat(2.0, 10), repeat(1.0)))
+    samples = measured()
+    assert (samples.steady, samples.warmup_steps) == (True, 40)
+    assert samples.seconds == [1.0] * 50 and samples.ci_reached
+
+
+def test_what_never_gets_steady_is_sampled_all_the_same_and_says_so(monkeypatch):
+    script(monkeypatch, (1.1 ** min(n, 200) for n in count()))
+    samples = measured()
+    assert (samples.steady, samples.warmup_steps) == (False, 100)
+    assert len(samples.seconds) >= 50
+
+
+def test_samples_are_taken_until_their_interval_is_narrow(monkeypatch):
+    script(monkeypatch, chain(repeat(1.0, 20), (1.0 + 0.618034 * n % 1 for n in count())))
+    monkeypatch.setattr(timing, "CHUNK_CALLS", 20)
+    wide = measured(Limits(soak_s=0.0, budget_s=0.2, ci_half_width_frac=1e-9))
+    assert not wide.ci_reached and len(wide.seconds) > 50
+    script(monkeypatch, repeat(1.0))
+    assert len(measured().seconds) == 60, "no chunk of 20 more than the 50 that are asked for"
+
+
+def test_a_spent_budget_leaves_enough_samples_for_an_interval():
+    calls = []
+    samples = measure(lambda: calls.append(1), CPU, Limits(soak_s=0.0, budget_s=0.0), Control(), None)
+    assert len(samples.seconds) >= timing.FEWEST_SAMPLES
+    assert len(calls) == samples.warmup_steps + len(samples.seconds)
+
+
+def test_the_soak_lasts_as_long_as_asked_for_and_is_not_tested_for_being_steady():
+    samples = measure(lambda: None, CPU, Limits(soak_s=0.3, budget_s=0.1), Control(), None)
+    assert samples.warmup_steps > 100
+
+
+def test_what_runs_before_a_call_is_not_in_its_time():
+    order = []
+    times_s = timing.time_calls(lambda: order.append("work"), CPU, lambda: order.append("before"), 2)
+    assert order == ["before", "work"] * 2 and len(times_s) == 2
+
+
+def test_a_window_is_as_long_as_an_energy_counter_needs(monkeypatch):
+    clock_s = count(step=0.5)
+    monkeypatch.setattr(timing.time, "monotonic", lambda: next(clock_s))
+    script(monkeypatch, repeat(1.0))
+    monkeypatch.setattr(timing, "CHUNK_CALLS", 10)
+    short = len(measured(Limits(soak_s=0.0, budget_s=100.0)).seconds)
+    assert len(measured(Limits(soak_s=0.0, budget_s=100.0, min_window_s=50.0)).seconds) > short
+
+
+def test_all_ranks_make_as_many_calls_as_rank_0_decides(monkeypatch):
+    def work_of(control: Control) -> tuple[int, int, bool]:
+        limits = Limits(soak_s=0.0, budget_s=0.2)
+        samples = measure(lambda: None, CPU, limits, control, None, timeout_s=20.0)
+        return samples.warmup_steps, len(samples.seconds), samples.steady
+
+    first, second = run_ranks(2, work_of)
+    assert first == second
