@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import date, datetime, timedelta
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
@@ -84,22 +84,27 @@ def sku_of(record: Record) -> str | None:
 
     "NVIDIA H100 80GB HBM3, 79 GiB" for GPUs, joined by " + " where they differ; "AMD EPYC, 2 cores" without.
     """
-    ranks = record.provenance.get("ranks") or []
-    gpus = {f"{r['gpu']}, {r['gpu_memory_bytes'] / 2**30:.0f} GiB" for r in ranks if r.get("gpu")}
+    gpus = {f"{r['gpu']}, {r['gpu_memory_bytes'] / 2**30:.0f} GiB" for r in _ranks(record) if r.get("gpu")}
     if gpus:
         return " + ".join(sorted(gpus))
     cpu, n_cores = record.provenance.get("cpu"), record.provenance.get("n_cpus")
-    return f"{cpu}, {n_cores} cores" if cpu and n_cores else None
+    return f"{cpu}, {n_cores} cores" if on_cpu(record) and cpu and n_cores else None
+
+
+def _ranks(record: Record) -> list[Mapping[str, Any]]:
+    """What each rank said of its device."""
+    return [rank for rank in record.facts.get("ranks") or [] if isinstance(rank, dict)]
 
 
 def on_cpu(record: Record) -> bool:
-    return not any(rank.get("gpu") for rank in record.provenance.get("ranks") or [])
+    """No rank named a GPU, and the clock was not that of one."""
+    on_gpu = record.protocol is not None and record.protocol.timer == "device_event+wall"
+    return not on_gpu and not any(rank.get("gpu") for rank in _ranks(record))
 
 
 def power_cap_w_of(record: Record) -> float | None:
     """Lowest cap of the devices; None where it could not be read."""
-    caps = [r["power_cap_w"] for r in record.provenance.get("ranks") or [] if r.get("power_cap_w") is not None]
-    return min(caps, default=None)
+    return min((rank["power_cap_w"] for rank in _ranks(record) if rank.get("power_cap_w") is not None), default=None)
 
 
 def default_tolerance_frac(record: Record) -> float:

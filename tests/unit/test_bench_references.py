@@ -11,6 +11,7 @@ from aifactory_train.bench.record import Record, Validity, cell_key
 from aifactory_train.bench.references import (
     Reference,
     References,
+    default_tolerance_frac,
     learn,
     lint,
     load_references,
@@ -100,7 +101,7 @@ def test_records_of_two_machines_are_not_mixed() -> None:
 def test_devices_and_power_caps_have_references_of_their_own() -> None:
     def on(gpu: str, cap_w: float) -> Record:
         rank = {"gpu": gpu, "gpu_memory_bytes": 80 * 2**30, "power_cap_w": cap_w}
-        return a_record(provenance={"git_sha": "1", "versions": {"torch": "2.13.0"}, "ranks": [rank, rank]})
+        return a_record(facts={"ranks": [rank, rank]})
 
     references = learn([on("A", 700.0), on("A", 500.0), on("B", 700.0)], "tests")
     kinds = {(r.sku, r.power_cap_w) for r in references.references}
@@ -109,6 +110,8 @@ def test_devices_and_power_caps_have_references_of_their_own() -> None:
     assert found is not None and found.power_cap_w == 500.0
     assert references.find(on("A", 600.0), GEMM) is None and references.find(on("C", 700.0), GEMM) is None
     assert sku_of(a_record(provenance={"git_sha": "1"})) is None
+    nameless_gpu = a_record(protocol=a_protocol(timer="device_event+wall"))
+    assert sku_of(nameless_gpu) is None and default_tolerance_frac(nameless_gpu) == 0.02
 
 
 def test_what_was_learned_is_read_again_as_it_was(tmp_path: Path) -> None:
