@@ -75,7 +75,7 @@ class Program:
         budget_s = BUDGET_S[device.type] if options.budget_s is None else options.budget_s
         # Energy counters of GPUs say nothing about shorter windows.
         window_s = MIN_WINDOW_S if device.type == "cuda" else 0.0
-        self.limits = Limits(soak_s=SOAK_S[device.type], budget_s=budget_s, min_window_s=window_s)
+        self.limits = Limits(soak_s=SOAK_S[device.type], budget_s=budget_s, min_window_s=window_s, change_frac=options.change_frac)
         self.folder = Path(options.out or f"bench-results/{options.suite}-{self.machine_name}-{_now():%Y%m%dT%H%M%SZ}")
         self._cell: Cell = {}
         self._started = _now()
@@ -353,6 +353,7 @@ def _parse(
     parser.add_argument("--out", metavar="FOLDER", help="bench folder (default: a new one below bench-results/)")
     parser.add_argument("--suite", default="none", help="name of the suite that this cell belongs to")
     parser.add_argument("--budget-s", type=float, help=f"time for the samples of a cell (default: {BUDGET_S})")
+    parser.add_argument("--change-frac", type=float, default=0.01, help="steady below this change (default: 0.01)")
     parser.add_argument("--timeout-s", type=float, default=60.0, help="longest wait for a call or a rank (default: 60)")
     parser.add_argument("--alone", action="store_true", help="the ranks of each node are a job of their own")
     if add_options is not None:
