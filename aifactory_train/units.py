@@ -52,8 +52,10 @@ def format_gbit_per_s(value: float | None) -> str:
 
 
 def format_watts(value: float | None) -> str:
-    """560.0 -> "560 W"."""
-    return "unknown" if value is None else f"{value:,.4g} W"
+    """560.0 -> "560 W"; 12_400.0 -> "12.4 kW"."""
+    if value is None:
+        return "unknown"
+    return f"{value:,.4g} W" if abs(value) < 1e4 else _scaled(value, ("W", "kW", "MW"), 1000)
 
 
 def format_kwh(value: float | None) -> str:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from aifactory_train import units
 from aifactory_train.bench.record import Metric, Record, Scalar
 
+DASH = "\N{EN DASH}"
+
 # Metric name -> rank -> values; empty where a record has none that can be read.
 Samples = Mapping[str, Mapping[int, Sequence[float]]]
 Read = Callable[[Record], Samples]
@@ -29,14 +31,20 @@ def _word(key: str, value: Scalar) -> str:
     return f"{name} {units.format_count(value) if key.endswith('_tokens') else f'{value:g}'}"
 
 
-def labels(records: Sequence[Record]) -> list[str]:
-    """What tells each record from the others: cell keys that part them, then hosts, then the time."""
+def telling_keys(records: Sequence[Record]) -> list[str]:
+    """Keys of cells that part these records; a key that follows from those before it is left out."""
     kept: list[str] = []
     groups = 1
     for key in dict.fromkeys(key for record in records for key in record.cell):
         parts = len({tuple(record.cell.get(k) for k in (*kept, key)) for record in records})
         if parts > groups:
             kept, groups = [*kept, key], parts
+    return kept
+
+
+def labels(records: Sequence[Record]) -> list[str]:
+    """What tells each record from the others: cell keys that part them, then hosts, then the time."""
+    kept = telling_keys(records)
     found = [words(record.cell, kept) or record.benchmark for record in records]
     for more in (lambda record: " ".join(dict.fromkeys(record.hosts)), lambda record: record.started):
         if len(set(found)) < len(found):
@@ -44,6 +52,18 @@ def labels(records: Sequence[Record]) -> list[str]:
             pairs = zip(found, records, strict=True)
             found = [f"{label}, {more(record)}" if label in twice else label for label, record in pairs]
     return found
+
+
+def short_names(records: Sequence[Record]) -> dict[str, str]:
+    """Record id -> its benchmark, and what tells its cell from others of that benchmark: "gemm, bf16, m 4096"."""
+    by_benchmark: dict[str, list[Record]] = {}
+    for record in records:
+        by_benchmark.setdefault(record.benchmark, []).append(record)
+    keys = {benchmark: telling_keys(own) for benchmark, own in by_benchmark.items()}
+    return {
+        record.id: ", ".join(filter(None, (record.benchmark, words(record.cell, keys[record.benchmark]))))
+        for record in records
+    }
 
 
 def metric_of(record: Record, name: str) -> Metric | None:

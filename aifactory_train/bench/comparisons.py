@@ -9,7 +9,7 @@ from functools import partial
 from typing import NamedTuple
 
 from aifactory_train import units
-from aifactory_train.bench.cells import Read, host_of, labels, metric_of, short_name, words
+from aifactory_train.bench.cells import DASH, Read, host_of, labels, metric_of, short_name, short_names, words
 from aifactory_train.bench.plots import (
     MAX_LINES,
     Axis,
@@ -44,45 +44,49 @@ class Nodes(NamedTuple):
 
 def build_nodes(records: Sequence[Record], read: Read) -> Nodes | None:
     """Every metric of every cell that more than one node has samples of; box plots of those with outliers first."""
-    cells: dict[tuple[str, str, str], tuple[Metric, dict[str, list[float]]]] = {}
+    names = short_names(records)
+    cells: dict[tuple[str, str], tuple[str, Metric, dict[str, list[float]]]] = {}
     for record in records:
-        samples = read(record)
         for metric in _telling(record):
-            key = (record.benchmark, words(record.cell), metric.name)
-            _, by_host = cells.setdefault(key, (metric, {}))
-            for rank, values in samples.get(metric.name, {}).items():
+            key = (f"{record.benchmark} {words(record.cell)}", metric.name)
+            *_, by_host = cells.setdefault(key, (names[record.id], metric, {}))
+            for rank, values in read(record).get(metric.name, {}).items():
                 by_host.setdefault(host_of(record, rank), []).extend(values)
-    compared = {key: cell for key, cell in cells.items() if len(cell[1]) > 1}
+    compared = {key: cell for key, cell in cells.items() if len(cell[2]) > 1}
     if not compared:
         return None
     plots, found = [], dict[str, list[tuple[float, str]]]()
-    for (benchmark, cell, name), (metric, by_host) in compared.items():
+    for name, metric, by_host in compared.values():
         medians = {host: statistics.median(values) for host, values in by_host.items()}
         why = {host: _beside(host, medians, metric) for host in outlier_nodes(medians, metric.better)}
         for host, (by_frac, sentence) in why.items():
-            found.setdefault(host, []).append((by_frac, f"{benchmark}, {cell}: {sentence}"))
+            found.setdefault(host, []).append((by_frac, f"{name}: {sentence}"))
         plot = box_plot(
-            f"{benchmark}, {cell}",
+            name,
             by_host,
             {host: sentence for host, (_, sentence) in why.items()},
             partial(units.format_quantity, unit=metric.unit),
-            note=f"{short_name(name)}, {metric.better} is better",
+            note=f"{short_name(metric.name)}, {metric.better} is better",
             max_rows=MAX_NODES_DRAWN,
         )
         plots.append((bool(why), plot))
     plots.sort(key=lambda pair: not pair[0])
     left = plots[MAX_BOX_PLOTS:]
-    rest = f"{len(left)} more are not drawn, {sum(bad for bad, _ in left)} of them with an outlier." if left else ""
+    n_bad = sum(bad for bad, _ in left)
+    rest = f"{len(left)} more are not drawn, {n_bad or 'none'} of them with an outlier." if left else ""
     outliers = [
         (host, f"in {len(all_of)} of {len(compared)} comparisons; most in {max(all_of)[1]}")
         for host, all_of in sorted(found.items(), key=lambda item: (-len(item[1]), item[0]))
     ]
-    hosts = {host for _, by_host in compared.values() for host in by_host}
+    hosts = {host for *_, by_host in compared.values() for host in by_host}
     return Nodes(len(hosts), len(compared), outliers, [plot for _, plot in plots[:MAX_BOX_PLOTS]], rest)
 
 
 def _telling(record: Record) -> list[Metric]:
-    """Without what says the same as a rate of the same record."""
+    """Without what says the same as a rate of the same record, and what nodes that wait for each other share."""
+    together = len(set(record.hosts)) > 1 and record.protocol is not None and record.protocol.rank_reduction == "max"
+    if together:
+        return [metric for metric in record.metrics if metric.unit != "s" and not metric.unit.endswith("/s")]
     rates = {metric.name for metric in record.metrics if metric.unit.endswith("/s")}
     if not rates:
         return record.metrics
@@ -144,7 +148,7 @@ def _efficiency_axis(results: Sequence[Efficiency]) -> Axis:
 
 
 def _scaling_row(result: Efficiency) -> tuple[int, str, str, str, int]:
-    spread = "-" if result.interval is None else " to ".join(units.format_fraction(end) for end in result.interval)
+    spread = DASH if result.interval is None else " to ".join(units.format_fraction(end) for end in result.interval)
     rate = units.format_rate(result.rate_per_s, "tokens")
     return result.nodes, rate, units.format_fraction(result.ratio), spread, result.n
 
@@ -208,7 +212,7 @@ def build_energy(records: Sequence[Record]) -> Energy | None:
             power, per_token = units.format_watts(power_w), units.format_quantity(power_w / rate, "J/token")
             rows.append(EnergyRow(label, shown, f"{window.scope}, {window.method}", power, energy, per_token))
         if not record.energy:
-            rows.append(EnergyRow(label, shown, "not read", "-", "-", "-"))
+            rows.append(EnergyRow(label, shown, "not read", DASH, DASH, DASH))
     plots = [_energy_plot(scope, own) for scope, own in points.items() if len(own) > 1]
     return Energy(rows, plots, sum(not record.energy for record in trained))
 
@@ -220,7 +224,7 @@ def _energy_plot(scope: str, points: Sequence[tuple[str, float, float]]) -> Plot
     plot = build_plot(
         f"Energy beside throughput, {scope}",
         [],
-        (x, lambda rate: units.format_rate(rate, "tokens")),
+        (x, units.format_count),
         (y, lambda energy: units.format_quantity(energy, "J/token").removesuffix("/token")),
         note="energy of a token over tokens per second; down and to the right is better",
         about="energy per token over tokens per second",

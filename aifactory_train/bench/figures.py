@@ -11,76 +11,73 @@ from aifactory_train import units
 from aifactory_train.bench.cells import Read, host_of, labels, metric_of, words
 from aifactory_train.bench.plots import MAX_LINES, Curve, Plot, build_plot, ecdf, linear_axis, log_axis
 from aifactory_train.bench.record import Record
-from aifactory_train.bench.statistics import Spike, dips, spikes
+from aifactory_train.bench.statistics import SPIKE_FACTOR, Spike, dips, spikes
 
 STEP_S = "aifactory_train_step_duration_seconds"
 BUS_BYTES_PER_S = "aifactory_collective_bus_bandwidth_bytes_per_second"
 
-MAX_SERIES = 6
+MAX_CELLS = 6
 MAX_DOTS = 40
-# Step times that differ more than this need a logarithmic axis.
-LINEAR_UP_TO = 5.0
 
 
 class Steps(NamedTuple):
-    plots: list[Plot]
+    plots: list[Plot]  # two of each record: distribution and series
     spikes: list[str]  # a sentence for each record that has some
+    rest: str
 
 
 def build_steps(records: Sequence[Record], read: Read) -> Steps | None:
-    """Distribution of step times of all cells in one plot, and the series of each with its spikes."""
+    """Step times of each cell, a step as long as on its slowest rank: their distribution, and their series."""
     timed = [(record, read(record)[STEP_S]) for record in records if read(record).get(STEP_S)]
     if not timed:
         return None
-    names = labels([record for record, _ in timed])
-    slowest = [[max(of_all) for of_all in zip(*by_rank.values(), strict=False)] for _, by_rank in timed]
-    everything = [value for values in slowest[:MAX_LINES] for value in values]
-    wide = max(everything) > LINEAR_UP_TO * min(everything)
-    x = log_axis(everything, 10) if wide else linear_axis(everything)
-    curves = [Curve(name, ecdf(values)) for name, values in zip(names, slowest, strict=True)]
-    y = linear_axis([0.0, 1.0])
-    distribution = build_plot(
-        "Distribution of step times",
-        curves,
-        (x, units.format_seconds),
-        (y, units.format_fraction),
-        note="share of steps that took at most so long; each step as long as on its slowest rank",
-        about="share of steps over step time",
-    )
-    plots, told = [distribution], []
-    for (record, by_rank), name, values in zip(timed, names, slowest, strict=True):
-        found = spikes(by_rank)
+    plots: list[Plot] = []
+    told = []
+    for (record, by_rank), name in zip(timed, labels([record for record, _ in timed]), strict=True):
+        values = [max(of_all) for of_all in zip(*by_rank.values(), strict=False)]
+        found = [spike for spike in spikes(by_rank) if spike.index < len(values)]
         if found:
             told.append(f"{name}: {_spike_sentence(record, found)}")
-        if len(plots) <= MAX_SERIES:
-            plots.append(_series(record, name, values, found))
-    left_out = len(timed) - (len(plots) - 1)
-    if left_out:
-        plots[0] = replace(plots[0], remarks=[*plots[0].remarks, f"Series of {left_out} more cells are not drawn."])
-    return Steps(plots, told)
+        if len(plots) < 2 * MAX_CELLS:
+            plots += [_distribution(name, values), _series(record, name, values, found)]
+    left_out = len(timed) - len(plots) // 2
+    return Steps(plots, told, f"{left_out} more cells are not drawn." if left_out else "")
+
+
+def _distribution(name: str, values: list[float]) -> Plot:
+    """Up to SPIKE_FACTOR medians: the few steps beyond would press all others into one line."""
+    median = statistics.median(values)
+    limit = SPIKE_FACTOR * median
+    stairs = [(value, share) for value, share in ecdf(values) if value <= limit]
+    beyond = sum(value > limit for value in values)
+    x = linear_axis([value for value, _ in stairs])
+    plot = build_plot(
+        name,
+        [Curve("share of steps that took at most so long", stairs)],
+        (x, units.format_seconds),
+        (linear_axis([0.0, 1.0]), units.format_fraction),
+        note=f"distribution, median {units.format_seconds(median)}",
+        about="share of steps over step time",
+    )
+    far = f"{beyond} of {len(values)} steps lie farther right, up to {units.format_seconds(max(values))}."
+    return replace(plot, remarks=[far] if beyond else [])
 
 
 def _series(record: Record, name: str, values: list[float], found: list[Spike]) -> Plot:
-    x, y = linear_axis([0, len(values)]), linear_axis(values, from_zero=True)
-    most = sorted(found, key=lambda spike: -values[spike.index] if spike.index < len(values) else 0)[:MAX_DOTS]
-    dots = [
-        (spike.index + 1, values[spike.index], spike.kind, f"step {spike.index + 1}: {_who(record, spike)}")
-        for spike in most
-        if spike.index < len(values)
-    ]
+    most = sorted(found, key=lambda spike: -values[spike.index])[:MAX_DOTS]
     plot = build_plot(
         name,
-        [Curve("slowest rank", [(i, value) for i, value in enumerate(values, 1)])],
-        (x, lambda step: f"{step:,.0f}" if step else "step 0"),
-        (y, units.format_seconds),
-        note=f"{len(values)} timed steps",
+        [Curve("slowest rank of each step", [(i, value) for i, value in enumerate(values, 1)])],
+        (linear_axis([0, len(values)]), lambda step: f"{step:,.0f}" if step else "step 0"),
+        (linear_axis(values, from_zero=True), units.format_seconds),
+        note=f"series of {len(values)} timed steps",
         about="step time over timed steps",
-        levels={"median": statistics.median(values)},
-        dots=dots,
+        dots=[(s.index + 1, values[s.index], s.kind, f"step {s.index + 1}: {_who(record, s)}") for s in most],
     )
     kinds = {"system": "spike on most ranks", "straggler": "spike on few ranks"}
     legend = [(kind, text) for kind, text in kinds.items() if any(spike.kind == kind for spike in found)]
-    return replace(plot, legend=legend, remarks=[_spike_sentence(record, found)] if found else [])
+    sentence = _spike_sentence(record, found) if found else ""
+    return replace(plot, legend=legend, remarks=[f"{sentence[0].upper()}{sentence[1:]}."] if found else [])
 
 
 def _who(record: Record, spike: Spike) -> str:

@@ -3,12 +3,13 @@
 from aifactory_train.results.page import head
 
 _STYLE = """\
-:root { --s0: #1c5d99; --s1: #c4622d; --s2: #3b7d4f; --s3: #7d5ba6; --s4: #a88414; --s5: #b03a5b; --bad: #b3342d; }
-@media (prefers-color-scheme: dark) { :root { --s0: #7fb2e5; --s1: #eb9a66; --s2: #7cc294; --s3: #bda2e8; --s4: #dcc062;
-  --s5: #ee8ba6; --bad: #f0857d; } }
+:root { --s0: #1c5d99; --s1: #a88414; --s2: #3b7d4f; --s3: #7d5ba6; --s4: #c2508f; --s5: #6b7280; --bad: #b3342d; }
+@media (prefers-color-scheme: dark) { :root { --s0: #7fb2e5; --s1: #dcc062; --s2: #7cc294; --s3: #bda2e8; --s4: #ef93c4;
+  --s5: #a8b0ba; --bad: #f0857d; } }
 .s0 { --c: var(--s0); } .s1 { --c: var(--s1); } .s2 { --c: var(--s2); } .s3 { --c: var(--s3); } .s4 { --c: var(--s4); }
 .s5 { --c: var(--s5); } .system { --c: var(--s3); } .straggler { --c: var(--bad); }
-.line { stroke: var(--c); stroke-width: 2; } .plot svg .band { fill: var(--c); opacity: 0.16; }
+.line { stroke: var(--c); stroke-width: 1.75; } .line.s0:not(:only-of-type) { stroke-width: 3.5; }
+.plot svg .band { fill: var(--c); opacity: 0.16; }
 .whisker { stroke: var(--s0); stroke-width: 2; }
 .plot i.dot { bottom: auto; width: 9px; height: 9px; margin: -4.5px 0 0 -4.5px; background: var(--c, var(--s0));
   border: 1.5px solid var(--card); }
@@ -39,8 +40,8 @@ td.wide { min-width: 190px; } details { margin-bottom: 10px; }
 PAGE = (
     head("benchmark report", _STYLE)
     + """<body>
-{% macro plot(c, wide=false) %}
-<figure class="card{{ ' wide' if wide }}" style="margin:0">
+{% macro plot(c) %}
+<figure class="card" style="margin:0">
 <div class="head"><h3>{{ c.title }}</h3><span class="soft small">{{ c.note }}</span></div>
 <div class="plot{{ ' scatter' if not c.lines }}" role="img" aria-label="{{ c.title }}: {{ c.about }}">
 <svg viewBox="0 0 100 100" preserveAspectRatio="none">
@@ -103,10 +104,11 @@ PAGE = (
 <div class="card">{% for f in findings %}<div class="finding {{ f.kind }}"><b>{{ f.head }}</b><span>{{ f.text }}</span>
 </div>{% endfor %}</div>{% endif %}
 {% if unread %}<h2>What could not be read</h2>
-<div class="card">{{ table(("probe", "reason", "where"), unread, ()) }}</div>{% endif %}
+<div class="card">{% for probe, reason, where in unread %}<div class="finding"><b>{{ probe }}</b>
+<span>{{ reason }} <span class="soft">({{ where }})</span></span></div>{% endfor %}</div>{% endif %}
 {% if steps %}<h2>Step time</h2>
-{{ plot(steps.plots[0], true) }}
-<div class="grid charts">{% for c in steps.plots[1:] %}{{ plot(c) }}{% endfor %}</div>{% endif %}
+<div class="grid">{% for c in steps.plots %}{{ plot(c) }}{% endfor %}</div>
+{% if steps.rest %}<p class="remarks">{{ steps.rest }}</p>{% endif %}{% endif %}
 {% if nodes %}<h2>Nodes beside each other</h2>
 <div class="card"><p>{{ nodes.n_nodes }} nodes in {{ nodes.n_cells }} comparisons:
 {% if nodes.outliers %}{{ nodes.outliers|map('first')|join(', ') }} {{ 'is an outlier' if nodes.outliers|length == 1
@@ -126,7 +128,7 @@ PAGE = (
 <div class="card">
 {{ table(("cell", "throughput", "scope, method", "mean power", "energy", "per token"), energy.rows, (1, 3, 4, 5)) }}
 <p class="remarks">Scopes are never added.{% if energy.n_unread %}
-Why {{ energy.n_unread }} of the cells have no reading
+ Why {{ energy.n_unread }} of the cells have no reading
 stands above, under what could not be read.{% endif %}</p></div>
 {% if energy.plots %}<div class="grid charts">{% for c in energy.plots %}{{ plot(c) }}{% endfor %}</div>{% endif %}
 {% endif %}

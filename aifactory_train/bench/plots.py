@@ -16,6 +16,7 @@ Show = Callable[[float], str]
 MAX_LINES = 6
 MAX_STEPS_OF_ECDF = 200
 MAX_X_TICKS = 6
+MAX_BOX_TICKS = 3
 
 
 @dataclass(frozen=True)
@@ -219,6 +220,6 @@ def box_plot(
     for name, five in fives.items():
         low, first, median, third, high = map(axis.place, five)
         boxes.append(Box(name, show(five[2]), low, first, median, third, high, why.get(name, "")))
-    every = -(-len(axis.ticks) // MAX_X_TICKS)
+    every = -(-len(axis.ticks) // MAX_BOX_TICKS)
     ticks = [Tick(axis.place(tick), short_label(show(tick))) for tick in axis.ticks[::every]]
     return BoxPlot(title, note, boxes, ticks, len(by_name) - len(shown))

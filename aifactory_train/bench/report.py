@@ -12,13 +12,13 @@ from typing import NamedTuple
 import jinja2
 
 from aifactory_train import hostlist, units
-from aifactory_train.bench.cells import Samples, short_name, words
+from aifactory_train.bench.cells import DASH, Samples, short_name, short_names
 from aifactory_train.bench.comparisons import build_energy, build_nodes, build_scaling
 from aifactory_train.bench.figures import build_collectives, build_steps
 from aifactory_train.bench.page import PAGE
 from aifactory_train.bench.record import GREEN, Record, read_samples
 from aifactory_train.bench.store import BenchDir, load_records
-from aifactory_train.bench.tables import DASH, Provenance, build_provenance, metric_rows, planned_rows, some, unread
+from aifactory_train.bench.tables import Provenance, build_provenance, metric_rows, planned_rows, some, unread
 from aifactory_train.errors import RunFolderError
 
 # More of one kind make a list that nobody reads.
@@ -112,7 +112,7 @@ def _tiles(records: Sequence[Record]) -> list[tuple[str, tuple[str, str], str]]:
     ).total_seconds()
     metrics = [metric for record in records for metric in record.metrics]
     benchmarks = len({record.benchmark for record in records})
-    wall = units.format_seconds(seconds).split(" ", 1)
+    wall = units.format_seconds(seconds)
     verdict = (str(passed), f"of {total} pass") if total else (DASH, "")
     return [
         ("Verdicts", verdict, ", ".join(others) or ("nothing else" if total else "not judged yet")),
@@ -120,7 +120,7 @@ def _tiles(records: Sequence[Record]) -> list[tuple[str, tuple[str, str], str]]:
         ("Benchmarks", (str(benchmarks), ""), f"{len(metrics)} metrics"),
         ("Samples", (units.format_count(sum(m.n for m in metrics)), ""), "all kept beside the records"),
         ("Nodes", (str(len(_hosts(records))), ""), _ranks(records)),
-        ("Wall time", (wall[0], wall[1] if len(wall) > 1 else ""), "from the first cell to the last"),
+        ("Wall time", (wall, ""), "from the first cell to the last"),
     ]
 
 
@@ -135,10 +135,11 @@ def _findings(root: Path, records: Sequence[Record], provenance: Provenance) -> 
         for name in ("failing", "missing")
         if (text := _node_list(root / f"{name}_nodes.txt"))
     ]
+    names = short_names(records)
     for record in records:
-        where = f"{record.benchmark}, {words(record.cell)}" if record.cell else record.benchmark
+        where = f"{names[record.id]} on {some(_hosts([record]), 4)}"
         if record.fault is not None:
-            found.append(Finding("bad", "Fault", f"{where} on {some(_hosts([record]), 4)}: {record.fault}"))
+            found.append(Finding("bad", "Fault", f"{where}: {record.fault}"))
         for judgement in record.verdicts:
             if judgement.verdict not in GREEN:
                 text = f"{where}, {short_name(judgement.metric)}: {judgement.why}"

@@ -8,10 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from aifactory_train import units
-from aifactory_train.bench.cells import labels, short_name, words
+from aifactory_train.bench.cells import DASH, labels, short_name, words
 from aifactory_train.bench.record import Metric, Record
 
-DASH = "\N{EN DASH}"
 # These differ from one program to the next on the same node.
 OF_ONE_PROGRAM = {"command", "load_1min", "hostname", "started_by"}
 MAX_VALUE_CHARACTERS = 160

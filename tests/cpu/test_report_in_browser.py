@@ -1,38 +1,16 @@
 """The report as a reader sees it: headless Chromium lays it out and draws it."""
 
-import os
 import re
-import shutil
-import subprocess
 
 import numpy as np
 import pytest
 from matplotlib import image
 
 from aifactory_train.results.report import write_report
+from browser import browse, needs_chromium
 from results_run import a_run
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here; install Debian's package chromium")
-
-QUIET = (
-    "--headless",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--hide-scrollbars",
-)
-
-
-def browse(tmp_path, page, *options):
-    """What Chromium prints for a page, from a profile of its own."""
-    as_root = ["--no-sandbox"] if os.geteuid() == 0 else []
-    profile = f"--user-data-dir={tmp_path / 'profile'}"
-    command = [CHROMIUM, *QUIET, *as_root, profile, *options, page.as_uri()]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+pytestmark = needs_chromium
 
 
 @pytest.fixture
