@@ -45,12 +45,13 @@ from aifactory_train.machine.machine import Machine
 from aifactory_train.measure.control import VERDICT_S, Control, Missing, build_control, limited_start
 from aifactory_train.measure.energy import MIN_WINDOW_S
 from aifactory_train.measure.meters import Meters, join_windows
-from aifactory_train.measure.surroundings import bind_threads, probe_rank, probe_surroundings
+from aifactory_train.measure.surroundings import bind_threads, pick_device, probe_rank, probe_surroundings
 from aifactory_train.measure.timing import Limits, WarmUp, Work, sample, warm_up
 from aifactory_train.train.ranks import Ranks, _open_store, find_ranks, node_name
 from aifactory_train.units import format_quantity
 
 ROLL_CALL_S = 10.0
+SIGNAL_ROLL_CALL_S = 0.4
 SOAK_S = {"cpu": 0.0, "cuda": 30.0}
 BUDGET_S = {"cpu": 2.0, "cuda": 12.0}
 Cell = Mapping[str, Scalar | None]
@@ -75,7 +76,9 @@ class Program:
         budget_s = BUDGET_S[device.type] if options.budget_s is None else options.budget_s
         # Energy counters of GPUs say nothing about shorter windows.
         window_s = MIN_WINDOW_S if device.type == "cuda" else 0.0
-        self.limits = Limits(soak_s=SOAK_S[device.type], budget_s=budget_s, min_window_s=window_s, change_frac=options.change_frac)
+        self.limits = Limits(
+            soak_s=SOAK_S[device.type], budget_s=budget_s, min_window_s=window_s, change_frac=options.change_frac
+        )
         self.folder = Path(options.out or f"bench-results/{options.suite}-{self.machine_name}-{_now():%Y%m%dT%H%M%SZ}")
         self._cell: Cell = {}
         self._started = _now()
@@ -101,6 +104,8 @@ class Program:
             self.ranks = ranks = replace(ranks, store=_open_store(ranks, timeout_s))
         self.control = build_control(ranks, timeout_s, self.options.alone)
         bind_threads(self.control, timeout_s)
+        if self.control.rank == 0:  # now, not when a fault leaves no time for it
+            self._surroundings = probe_surroundings(ranks)
         self.meters = Meters(self.device, of_node=ranks.local_rank == 0)
         threading.Thread(target=self._watch, daemon=True).start()
 
@@ -251,9 +256,7 @@ class Program:
         )
 
     def _record(self, cell: Cell, *, unavailable: Sequence[Unavailable] = (), **parts: Any) -> Record:
-        if self._surroundings is None:
-            self._surroundings = probe_surroundings(self.ranks)
-        seen, missed = self._surroundings
+        seen, missed = self._surroundings or probe_surroundings(self.ranks)
         return Record(
             schema="aifactory-bench/1",
             id=new_id(self.benchmark),
@@ -285,9 +288,12 @@ class Program:
         """Say what happened, leave a record of it, and end this process: nothing that hangs is waited for."""
         ours = isinstance(error, AifactoryError)
         missing = error.ranks if isinstance(error, Missing) else []
-        if self.control.size > 1 and not isinstance(error, Missing | Interrupted):
-            # A rank that has died shows as a broken connection in the work of the others: find out who it was.
-            missing = self.control.roll_call(min(ROLL_CALL_S, self.options.timeout_s))
+        if self.control.size > 1 and not isinstance(error, Missing):
+            # A rank that has died shows as a broken connection in the work of the others, or as the signal by which
+            # their launcher ends them: find out who it was. After the signal there is a second, in Open MPI.
+            asked = isinstance(error, Interrupted)
+            limit_s = SIGNAL_ROLL_CALL_S if asked else min(ROLL_CALL_S, self.options.timeout_s)
+            missing = self.control.roll_call(limit_s, linger=not asked)
         what = error.what if ours else f"{type(error).__name__}: {error}"
         if missing and not isinstance(error, Missing):
             what += f"; missing: {self.control.names(missing)}"
@@ -328,7 +334,7 @@ def start(
     try:
         with limited_start(options.timeout_s + VERDICT_S):
             ranks = find_ranks(options.timeout_s, keep_mpi=True, of_node=options.alone)
-        program = Program(benchmark, options, ranks, _pick_device(ranks))
+        program = Program(benchmark, options, ranks, pick_device(ranks))
         if options.machine != LOCAL:
             _ = program.machine
     except AifactoryError as error:
@@ -359,15 +365,6 @@ def _parse(
     if add_options is not None:
         add_options(parser)
     return parser.parse_args(argv)
-
-
-def _pick_device(ranks: Ranks) -> torch.device:
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    # A launcher that shows each rank only its own GPU makes it number 0 everywhere.
-    device = torch.device("cuda", ranks.local_rank % torch.cuda.device_count())
-    torch.cuda.set_device(device)
-    return device
 
 
 def _raise_interrupted(number: int, frame: FrameType | None) -> None:

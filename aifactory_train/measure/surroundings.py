@@ -19,6 +19,16 @@ from aifactory_train.train.ranks import Ranks, quoted_environment
 GOVERNOR = "devices/system/cpu/cpu0/cpufreq/scaling_governor"
 
 
+def pick_device(ranks: Ranks) -> torch.device:
+    """The GPU of this local rank, or the CPU where torch sees none."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    # A launcher that shows each rank only its own GPU makes it number 0 everywhere.
+    device = torch.device("cuda", ranks.local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
 def bind_threads(control: Control, timeout_s: float) -> None:
     """Let torch use this rank's share of the cores that it may run on. All ranks arrive.
 
