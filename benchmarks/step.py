@@ -16,7 +16,9 @@ import torch
 from aifactory_train.bench.record import Protocol, Scalar
 from aifactory_train.launch.env import set_deterministic, set_local_rank
 from aifactory_train.measure import steps
+from aifactory_train.measure.meters import join_windows
 from aifactory_train.measure.program import Program, start
+from aifactory_train.measure.surroundings import probe_rank
 from aifactory_train.measure.timing import sample, warm_up
 from aifactory_train.metrics.meter import peak_memory_bytes
 from aifactory_train.plan.launchable import make_launch_plan
@@ -90,8 +92,10 @@ def measure(program: Program, plan: Plan) -> None:
     stepper = steps.Stepper(engine, batches, program.alive)
     with program.watched(cell):
         warmed = warm_up(stepper.step, device, program.limits, control, None, timeout_s)
-        seconds, ci_reached = sample(stepper.step, device, program.limits, control, None, warmed, timeout_s)
+        with program.meters.window() as window:
+            seconds, ci_reached = sample(stepper.step, device, program.limits, control, None, warmed, timeout_s)
         own = {"seconds": seconds, "wait_s": stepper.wait_s[warmed.calls :], "peak_bytes": peak_memory_bytes(device)}
+        own |= {"window": window.as_json(), "rank": probe_rank(device)}
         while options.fingerprint and len(stepper.wait_s) < steps.FINGERPRINT_STEPS[-1]:
             stepper.step()
         losses, grad_norms = stepper.numbers()
@@ -109,16 +113,19 @@ def measure(program: Program, plan: Plan) -> None:
     )  # fmt: skip
     gemm, missed = steps.slowest_device_flops_per_s(plan, by_rank, control.hosts)
     samples = steps.samples_of(plan, by_rank, gemm)
-    facts |= steps.facts_of(plan, samples) | {"gemm_flops_per_s": gemm, "loss": [losses[0], losses[-1]]}
-    validity = steps.validity_of(losses, grad_norms, n_parameters)
+    read = join_windows([each["window"] for each in by_rank])
+    facts |= {"ranks": [each["rank"] for each in by_rank], "health": read.health}
+    facts |= steps.facts_of(plan, samples, read.energy) | {"gemm_flops_per_s": gemm, "loss": [losses[0], losses[-1]]}
+    validity = steps.validity_of(losses, grad_norms, n_parameters, read.throttled)
     if options.fingerprint:
         digest, facts["fingerprint"] = steps.fingerprint(losses, grad_norms)
         validity = validity.model_copy(update={"fingerprint": digest})
     if validity.loss_finite:
         samples |= {"loss_nats": {0: losses}, "grad_norm": {0: grad_norms}}
     program.write(
-        cell, samples, protocol, facts=facts, flops=steps.flops_of(plan), validity=validity, unavailable=missed
-    )
+        cell, samples, protocol, facts=facts, flops=steps.flops_of(plan), validity=validity,
+        energy=read.energy, unavailable=[*missed, *read.unavailable],
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

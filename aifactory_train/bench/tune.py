@@ -56,6 +56,10 @@ class Candidate:
             f"{part}.{key}={_word(value)}" for part, values in self.overlay.items() for key, value in values.items()
         ]
 
+    def step_options(self, n_steps: int) -> list[str]:
+        """For benchmarks/step.py, after --recipe and the user's own overrides."""
+        return ["--steps", str(n_steps), *(word for each in self.sets() for word in ("--set", each))]
+
 
 # One run of the step benchmark with so many timed steps: its record, or a sentence that says why there is none.
 Run = Callable[[Candidate, int], Record | str]

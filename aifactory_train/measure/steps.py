@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from aifactory_train.bench.record import Flops, Unavailable, Validity
+from aifactory_train.bench.record import EnergyWindow, Flops, Unavailable, Validity
 from aifactory_train.data.loader import Batch
 from aifactory_train.data.packing import IGNORE
 from aifactory_train.data.shards import check_fits_model, load_prepared
@@ -227,8 +227,13 @@ def samples_of(
     return found
 
 
-def facts_of(plan: Plan, samples: Mapping[str, Mapping[int, Sequence[float]]]) -> dict[str, Any]:
-    """Plan and prediction beside what was measured. window: all timed steps, each as long as on its slowest rank."""
+def facts_of(
+    plan: Plan, samples: Mapping[str, Mapping[int, Sequence[float]]], energy: Sequence[EnergyWindow]
+) -> dict[str, Any]:
+    """Plan and prediction beside what was measured. window: all timed steps, each as long as on its slowest rank.
+
+    energy_per_token_j: of the same steps, by scope and method; scopes are never added.
+    """
     worst_s = [max(each) for each in zip(*samples[STEP_DURATION].values(), strict=True)]
     tokens, predicted = len(worst_s) * plan.recipe.train.global_batch_tokens, plan.predicted
     return {
@@ -245,6 +250,7 @@ def facts_of(plan: Plan, samples: Mapping[str, Mapping[int, Sequence[float]]]) -
             "peak_memory_bytes": max(max(v) for v in samples["aifactory_train_peak_memory_bytes"].values()),
         },
         "window": {"tokens": tokens, "seconds": sum(worst_s), "tokens_per_s": tokens / sum(worst_s)},
+        "energy_per_token_j": {f"{window.scope} {window.method}": window.joules / tokens for window in energy},
     }
 
 
@@ -261,12 +267,15 @@ def flops_of(plan: Plan) -> Flops:
     )
 
 
-def validity_of(losses: Sequence[float], grad_norms: Sequence[float], n_parameters: int | None) -> Validity:
+def validity_of(
+    losses: Sequence[float], grad_norms: Sequence[float], n_parameters: int | None, throttled: bool | None
+) -> Validity:
     """Of all steps, those of warm-up too."""
     return Validity(
         loss_finite=all(math.isfinite(value) for value in (*losses, *grad_norms)),
         loss_decreased=has_fallen(losses),
         n_parameters=n_parameters,
+        throttled=throttled,
     )
 
 

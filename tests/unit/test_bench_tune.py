@@ -143,6 +143,12 @@ def test_a_candidates_overrides_and_its_overlay_make_exactly_its_layout(chosen, 
     assert overlay_of(make_plan(tuned, machine, 4).layout) == best.overlay
 
 
+def test_a_candidate_is_run_by_the_step_benchmark_with_its_overrides():
+    assert a_candidate("a").step_options(30) == [
+        "--steps", "30", "--set", "layout.tp=1", "--set", "train.micro_batch_rows=2",
+    ]  # fmt: skip
+
+
 def test_what_the_recipe_fixes_is_not_tuned():
     def load(sets):
         return load_recipe(RECIPE, ["layout.tp=2", "train.micro_batch_rows=1", *sets])
