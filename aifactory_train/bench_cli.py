@@ -1,14 +1,38 @@
-"""The verbs of benchmarks."""
+"""The verbs of benchmarks: `bench SUITE` runs one, other words after `bench` work on folders that are there."""
 
 from __future__ import annotations
 
 import argparse
+import sys
+from pathlib import Path
 
 from aifactory_train.cli_options import a_path, add_job_options, host_list
+from aifactory_train.errors import UserError
+
+# 2 of errors.py would say that a bench is incomplete.
+USAGE = 3
+ABOUT = """A suite of benchmarks: here, or by Slurm on nodes of a machine.
+
+bench SUITE             run smoke, node, pair, train, scale, or a file of your own
+bench report FOLDER     judge the records again, and write all pages anew
+bench compare A B       folders or records: differences with their intervals, and what changed beside the numbers
+bench learn FOLDER...   references of a machine from its results
+bench archive FOLDER    one .tar.zst of records, samples and logs
+"""
+# What stands in the place of a suite, and how many folders follow it: at least, at most.
+FOLDERS: dict[str, tuple[int, int | None]] = {
+    "report": (1, 1),
+    "compare": (2, 2),
+    "learn": (1, None),
+    "archive": (1, 1),
+}
 
 
 def add_bench_options(bench: argparse.ArgumentParser) -> None:
-    bench.add_argument("suite", metavar="SUITE", help="smoke, node, pair, train, scale, or a file")
+    bench.formatter_class = argparse.RawDescriptionHelpFormatter
+    bench.description = ABOUT
+    bench.add_argument("suite", metavar="SUITE", help="its name, a file, or one of the words above")
+    bench.add_argument("folders", nargs="*", type=a_path, metavar="FOLDER", help="bench folders, after such a word")
     bench.add_argument("--machine", default="local", help="name in configs/machines/, a file, or local (default)")
     bench.add_argument("--nodes", type=int, help="nodes of the machine (default: the fewest that the suite takes)")
     bench.add_argument(
@@ -28,7 +52,14 @@ def add_bench_job_options(job: argparse.ArgumentParser) -> None:
 
 
 def bench(args: argparse.Namespace) -> int:
-    return _run(args)
+    """0 green, 1 a regression or a failing node, 2 incomplete, 3 a mistake on the command line or in a file."""
+    try:
+        _check_folders(args.suite, len(args.folders))
+        verbs = {"report": _report, "compare": _compare, "learn": _learn, "archive": _archive}
+        return verbs.get(args.suite, _run)(args)
+    except UserError as error:
+        print(error.render(), file=sys.stderr)
+        return USAGE
 
 
 def bench_job(args: argparse.Namespace) -> int:
@@ -40,6 +71,62 @@ def bench_job(args: argparse.Namespace) -> int:
     for line in begin_job(args.folder, args.node_list):
         print(line)
     return 0
+
+
+def _check_folders(word: str, n: int) -> None:
+    least, most = FOLDERS.get(word, (0, 0))
+    if n < least or (most is not None and n > most):
+        wanted = f"{least} or more" if most is None else str(least)
+        do = "aifactory-train bench --help"
+        raise UserError(f"bench {word} takes {wanted} folder(s), given: {n}", where="command line", do=do)
+
+
+def _report(args: argparse.Namespace) -> int:
+    from aifactory_train.bench.finish import conclude
+
+    return conclude(existing(args.folders[0]))
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from aifactory_train.bench.compare import compare
+
+    print(compare(*args.folders))
+    return 0
+
+
+def _learn(args: argparse.Namespace) -> int:
+    import getpass
+
+    from aifactory_train.bench.references import learn, lint, references_dir, render_references
+    from aifactory_train.bench.store import load_records
+    from aifactory_train.errors import storage_errors
+    from aifactory_train.rundir import write_atomic
+
+    records = [record for folder in args.folders for record in load_records(existing(folder))]
+    references = learn(records, getpass.getuser())
+    path = args.out or references_dir() / f"{references.machine}.yaml"
+    with storage_errors("writing the references", path, "give another file: --out FILE"):
+        write_atomic(path, render_references(references))
+    for fault in lint(references):
+        print(fault)
+    print(f"written: {path}")
+    return 0
+
+
+def _archive(args: argparse.Namespace) -> int:
+    from aifactory_train.bench.store import archive
+
+    folder = existing(args.folders[0])
+    print(archive(folder, args.out or folder.absolute().parent))
+    return 0
+
+
+def existing(folder: Path) -> Path:
+    """`folder`, if it holds records of benchmarks; otherwise UserError."""
+    if (folder / "records").is_dir():
+        return folder
+    what = "no bench folder" if not folder.exists() else "not a bench folder: it holds no records/"
+    raise UserError(what, where=str(folder.absolute()), do="give one of bench-results/, or what --out named")
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -1,41 +1,69 @@
-"""What follows when the programs of a bench have ended: faults are noted, and an exit code says how it went."""
+"""What follows when the programs of a bench have ended: faults are noted, records judged, pages written."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from aifactory_train.bench.record import Record, new_id, read_record, write_record
+from aifactory_train.bench.exports import render_bmf, render_csv, render_junit, render_markdown, render_openmetrics
+from aifactory_train.bench.judge import FolderVerdict, judge_folder
+from aifactory_train.bench.record import Record, new_id, write_record
+from aifactory_train.bench.report import render_report
+from aifactory_train.bench.store import BenchDir, load_records, update_index
 from aifactory_train.bench.suites import Asked, Cell, End, load_asked, read_ends
+from aifactory_train.errors import storage_errors
 from aifactory_train.results.provenance import provenance
+from aifactory_train.rundir import write_atomic
 
 # What `timeout` of coreutils ends with when it had to stop its command, and what a shell says of SIGKILL.
 TIMED_OUT = (124, 137)
-INCOMPLETE = 2
 
 
 def finish(folder: Path) -> int:
-    """Note what died, and print what every program has left.
+    """Note what died, then as `conclude`."""
+    note_faults(load_asked(folder), folder)
+    return conclude(folder)
+
+
+def conclude(folder: Path) -> int:
+    """Judge the records of a folder, write all pages, and print the verdicts.
 
     Returns:
-        0 all programs ended well, 2 something is incomplete.
+        0 all green, 1 a regression or a failing node, 2 something is incomplete.
     """
-    asked = load_asked(folder)
-    note_faults(asked, folder)
-    records = _records(folder)
-    for record in records:
-        print(f"{record.benchmark:<14}{record.fault or f'{len(record.metrics)} metrics'}")
-    return INCOMPLETE if any(record.fault is not None for record in records) else 0
+    bench = BenchDir(folder)
+    verdict = judge_folder(folder, datetime.now(UTC).date())
+    pages = {
+        bench.summary: render_markdown(verdict.records),
+        bench.junit: render_junit(verdict.records),
+        bench.openmetrics: render_openmetrics(verdict.records),
+        bench.bmf: render_bmf(verdict.records),
+        bench.root / "result.csv": render_csv(verdict.records),
+        bench.report: render_report(bench),
+    }
+    with storage_errors("writing the pages of a bench", folder, "free some space: aifactory-train bench report FOLDER"):
+        for path, text in pages.items():
+            write_atomic(path, text)
+    for sentence in update_index(bench.root.parent):
+        print(f"not in the index: {sentence}")
+    print(_told(verdict, bench))
+    return verdict.exit_code
 
 
-def _records(folder: Path) -> list[Record]:
-    return [read_record(path) for path in sorted((folder / "records").glob("*.json"))]
+def _told(verdict: FolderVerdict, bench: BenchDir) -> str:
+    """How many of each verdict, every fault, every node that is not sound, and where to read on."""
+    counts = Counter(judgement.verdict for record in verdict.records for judgement in record.verdicts)
+    lines = [", ".join(f"{n} {name}" for name, n in counts.most_common()) or "no records"]
+    lines += [f"fault: {record.fault}" for record in verdict.records if record.fault is not None]
+    lines += [f"{host}: {why}" for host, why in sorted(verdict.nodes.why.items())]
+    return "\n".join([*lines, f"report: {bench.report}"])
 
 
 def note_faults(asked: Asked, folder: Path) -> None:
     """Leave a record of each program that died without a word of its own, or never came to its turn."""
-    records, ends = _records(folder), read_ends(folder)
+    records, ends = load_records(folder), read_ends(folder)
     for cell in asked.cells:
         end = ends.get(cell.number)
         if end is not None and not end.exit_code:
@@ -53,7 +81,7 @@ def note_faults(asked: Asked, folder: Path) -> None:
 def forget_faults(cells: Sequence[Cell], folder: Path) -> None:
     """Remove the records of faults of programs that are started again."""
     programs = {cell.program for cell in cells}
-    for record in _records(folder):
+    for record in load_records(folder):
         if record.fault is not None and record.benchmark in programs:
             (folder / "records" / f"{record.id}.json").unlink()
 

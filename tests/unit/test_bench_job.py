@@ -86,8 +86,8 @@ def test_what_cannot_run_is_refused_with_what_to_type(tmp_path):
 
 
 @pytest.mark.parametrize("words", ["smok", "smoke --machine lumi", "smoke --nodes 2", "smoke --out setup.py"])
-def test_a_slip_on_the_command_line_is_a_message_and_exit_code_2(words, capsys):
-    assert main(["bench", *shlex.split(words)]) == 2
+def test_a_slip_on_the_command_line_is_a_message_and_exit_code_3(words, capsys):
+    assert main(["bench", *shlex.split(words)]) == 3
     said = capsys.readouterr().err
     assert "do:" in said and "Traceback" not in said
 
