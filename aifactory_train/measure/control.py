@@ -17,11 +17,12 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import torch.distributed as dist
 
-from aifactory_train.errors import RendezvousError
+from aifactory_train.errors import Interrupted, RendezvousError
 from aifactory_train.train.ranks import Ranks, node_name
 
 # Rank 0 waits for the others first: so much later they learn from it who is missing.
@@ -298,6 +299,14 @@ def limited_start(limit_s: float) -> Iterator[None]:
     finally:
         os.close(write)
         os.waitpid(child, 0)
+
+
+def raise_interrupted(number: int, frame: FrameType | None) -> None:
+    """A signal handler."""
+    raise Interrupted(
+        f"asked to stop by {signal.Signals(number).name}",
+        do="mpirun, srun and torchrun do so when a rank has died: look for their message",
+    )
 
 
 def _meet(control: Control, timeout_s: float) -> list[str]:

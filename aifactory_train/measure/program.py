@@ -19,7 +19,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -42,7 +42,7 @@ from aifactory_train.bench.record import (
 from aifactory_train.errors import AifactoryError, Interrupted, RendezvousError
 from aifactory_train.machine.load import LOCAL, load_machine
 from aifactory_train.machine.machine import Machine
-from aifactory_train.measure.control import VERDICT_S, Control, Missing, build_control, limited_start
+from aifactory_train.measure.control import VERDICT_S, Control, Missing, build_control, limited_start, raise_interrupted
 from aifactory_train.measure.energy import MIN_WINDOW_S
 from aifactory_train.measure.meters import Meters, join_windows
 from aifactory_train.measure.surroundings import bind_threads, pick_device, probe_rank, probe_surroundings
@@ -188,6 +188,7 @@ class Program:
         skipped = Judgement(metric="", verdict="skipped", reference=None, tolerance_frac=None, why=why)
         record = self._record(
             cell,
+            new_id(self.benchmark),
             hosts=list(hosts or self.control.hosts),
             fault=fault,
             verdicts=[skipped] if why else [],
@@ -236,11 +237,9 @@ class Program:
             time.sleep(1.0)
             since_s = self._busy_since_s
             if since_s is not None and time.monotonic() - since_s > limit_s:
+                where = f"rank {self.control.rank} of {self.control.size} on {node_name()}"
                 what = f"did not come to an end within {limit_s:.0f} s: {_shown(self.benchmark, self._cell)}"
-                self.end(RendezvousError(what, where=self._where(), do="look at the network between the hosts"))
-
-    def _where(self) -> str:
-        return f"rank {self.control.rank} of {self.control.size} on {node_name()}"
+                self.end(RendezvousError(what, where=where, do="look at the network between the hosts"))
 
     def _protocol(
         self, warmed: WarmUp, seconds: list[float], ci_reached: bool, reduction: Literal["max", "none"]
@@ -255,11 +254,11 @@ class Program:
             ci_reached=ci_reached,
         )
 
-    def _record(self, cell: Cell, *, unavailable: Sequence[Unavailable] = (), **parts: Any) -> Record:
+    def _record(self, cell: Cell, identity: str, *, unavailable: Sequence[Unavailable] = (), **parts: Any) -> Record:
         seen, missed = self._surroundings or probe_surroundings(self.ranks)
         return Record(
             schema="aifactory-bench/1",
-            id=new_id(self.benchmark),
+            id=identity,
             benchmark=self.benchmark,
             suite=self.options.suite,
             machine=self.machine_name,
@@ -286,28 +285,34 @@ class Program:
 
     def end(self, error: BaseException) -> None:
         """Say what happened, leave a record of it, and end this process: nothing that hangs is waited for."""
-        ours = isinstance(error, AifactoryError)
+        ours, asked = isinstance(error, AifactoryError), isinstance(error, Interrupted)
+        what = error.what if ours else f"{type(error).__name__}: {error}"
+        print(error.render() if ours else "".join(traceback.format_exception(error)), file=sys.stderr, flush=True)
+        identity = new_id(self.benchmark)
+        if asked:  # a launcher that ends the ranks of a dead one leaves them a part of a second
+            self._write_fault(identity, what, [])
         missing = error.ranks if isinstance(error, Missing) else []
         if self.control.size > 1 and not isinstance(error, Missing):
-            # A rank that has died shows as a broken connection in the work of the others, or as the signal by which
-            # their launcher ends them: find out who it was. After the signal there is a second, in Open MPI.
-            asked = isinstance(error, Interrupted)
+            # A rank that has died shows as a broken connection in the work of the others, or as that signal.
             limit_s = SIGNAL_ROLL_CALL_S if asked else min(ROLL_CALL_S, self.options.timeout_s)
             missing = self.control.roll_call(limit_s, linger=not asked)
-        what = error.what if ours else f"{type(error).__name__}: {error}"
-        if missing and not isinstance(error, Missing):
-            what += f"; missing: {self.control.names(missing)}"
-        print(error.render() if ours else "".join(traceback.format_exception(error)), file=sys.stderr, flush=True)
-        if self._speaks(missing):
-            record = self._record(self._cell, protocol=None, metrics=[], fault=what, facts={"missing_ranks": missing})
-            try:
-                print(f"fault: {what}; record {write_record(self.folder, record, {})}", file=sys.stderr)
-            except AifactoryError as late:
-                print(late.render(), file=sys.stderr)
+            what += f"; missing: {self.control.names(missing)}" if missing else ""
+        if missing or not asked:
+            self._write_fault(identity, what, missing)
         sys.stdout.flush()
         sys.stderr.flush()
         # MPI_Finalize and the threads of torch would wait for ranks that are gone.
         os._exit(error.exit_code if ours else 1)
+
+    def _write_fault(self, identity: str, what: str, missing: list[int]) -> None:
+        if not self._speaks(missing):
+            return
+        facts = {"missing_ranks": missing}
+        record = self._record(self._cell, identity, protocol=None, metrics=[], fault=what, facts=facts)
+        try:
+            print(f"fault: {what}; record {write_record(self.folder, record, {})}", file=sys.stderr, flush=True)
+        except AifactoryError as late:
+            print(late.render(), file=sys.stderr, flush=True)
 
     def _speaks(self, missing: list[int]) -> bool:
         """Rank 0 writes; without it the first rank of another host, or the next one where there is none."""
@@ -330,7 +335,7 @@ def start(
     Ends the process with a message where a rank does not arrive within --timeout-s.
     """
     options = _parse(benchmark, doc, add_options, argv)
-    signal.signal(signal.SIGTERM, _raise_interrupted)
+    signal.signal(signal.SIGTERM, raise_interrupted)
     try:
         with limited_start(options.timeout_s + VERDICT_S):
             ranks = find_ranks(options.timeout_s, keep_mpi=True, of_node=options.alone)
@@ -365,13 +370,6 @@ def _parse(
     if add_options is not None:
         add_options(parser)
     return parser.parse_args(argv)
-
-
-def _raise_interrupted(number: int, frame: FrameType | None) -> None:
-    raise Interrupted(
-        f"asked to stop by {signal.Signals(number).name}",
-        do="mpirun, srun and torchrun do so when a rank has died: look for their message",
-    )
 
 
 def _values(quantity: Quantity, seconds: list[float]) -> list[float]:
