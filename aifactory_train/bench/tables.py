@@ -55,14 +55,15 @@ class Row(NamedTuple):
 
 
 def metric_rows(records: Sequence[Record]) -> dict[str, list[Row]]:
-    """Benchmark -> all its metrics, by cell."""
+    """Benchmark -> all its metrics; the first of each cell names it and its nodes."""
     found: dict[str, list[Row]] = {}
     for record in records:
         verdicts = {judgement.metric: judgement.verdict for judgement in record.verdicts}
         hosts = some(list(dict.fromkeys(record.hosts)), 3)
         for metric in record.metrics:
             verdict = verdicts.get(metric.name, DASH).replace("_", " ")
-            row = Row(words(record.cell), hosts, short_name(metric.name), *_numbers(metric), verdict)
+            cell, nodes = (words(record.cell), hosts) if metric is record.metrics[0] else ("", "")
+            row = Row(cell, nodes, short_name(metric.name), *_numbers(metric), verdict)
             found.setdefault(record.benchmark, []).append(row)
     return found
 

@@ -9,7 +9,7 @@ from aifactory_train.bench.record import EnergyWindow, Judgement, Unavailable
 from aifactory_train.bench.report import render_report
 from aifactory_train.bench.scaling import estimate_efficiency
 from aifactory_train.bench.store import BenchDir
-from aifactory_train.bench.tables import build_provenance
+from aifactory_train.bench.tables import build_provenance, metric_rows
 from bench_pages import STEP_S, a_collective, a_gemm, a_step, page
 from bench_records import GEMM, PROVENANCE, a_record, write_folder
 
@@ -160,6 +160,13 @@ def test_the_same_finding_many_times_is_cut(tmp_path):
     faults = [(a_record(id=f"f{i}", metrics=[], protocol=None, fault=f"fault number {i}"), {}) for i in range(30)]
     html = page(tmp_path, *faults)
     assert html.count("fault number") == 12 and "18 more like these" in html
+
+
+def test_the_metrics_of_a_cell_stand_below_its_name():
+    record, _ = a_step(0, 2, [1.0] * 20)
+    rows = metric_rows([record])["step"]
+    assert [bool(row.cell) for row in rows] == [True, False, False] and rows[0].hosts == "n0, n1"
+    assert (rows[0].median, rows[0].n, rows[0].worst) == ("1 s", 20, "rank 1 on n1, 1 s")
 
 
 def test_what_differs_between_nodes_is_told_with_the_nodes():
