@@ -22,8 +22,12 @@ from aifactory_train.recipe.load import load_recipe
 from aifactory_train.rundir import RunDir
 from aifactory_train.strictyaml import configs_dir
 
+# Of one start; from a parallel file system imports alone take a minute.
+TIMEOUT_S = 600.0
+
 
 def add_options(parser: ArgumentParser) -> None:
+    parser.set_defaults(timeout_s=TIMEOUT_S)
     parser.add_argument("--recipe", default=str(configs_dir() / "recipes/smoke.yaml"), help="(default: smoke.yaml)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, as for launch")
     parser.add_argument("--cpu-ranks", type=int, default=1, help="ranks where the machine has no GPU (default 1)")

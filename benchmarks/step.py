@@ -29,9 +29,12 @@ from aifactory_train.train.ranks import check_world_size
 from aifactory_train.train.setup import build_engine, enter
 
 BUDGET_S = 60.0
+# A step of a large model on few nodes takes minutes.
+TIMEOUT_S = 600.0
 
 
 def add_options(parser: ArgumentParser) -> None:
+    parser.set_defaults(timeout_s=TIMEOUT_S)
     parser.add_argument("--recipe", required=True, help="configs/recipes/NAME.yaml")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, as for launch")
     parser.add_argument("--data", choices=("synthetic", "real"), default="synthetic", help="rows (default synthetic)")

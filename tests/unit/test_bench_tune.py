@@ -149,6 +149,16 @@ def test_a_candidate_is_run_by_the_step_benchmark_with_its_overrides():
     ]  # fmt: skip
 
 
+def test_an_overlay_spells_pipelines_budgets_and_zero_as_a_recipe_does():
+    layout = make_plan(load_recipe(RECIPE), load_machine("jupiter-booster"), 4).layout
+    changed = {"pp": 2, "pipeline_schedule": "interleaved", "stages_per_rank": 4, "remat": "budget"}
+    pinned = overlay_of(layout.model_copy(update=changed | {"remat_budget_frac": 0.5}))["layout"]
+    assert (pinned["pipeline_schedule"], pinned["remat"]) == ("interleaved-4", 0.5)
+    zero = overlay_of(layout.model_copy(update={"zero_stage": 2, "reshard_after_forward": False}))["layout"]
+    assert (zero["zero_stage"], zero["reshard_after_forward"]) == (2, False)
+    assert "pipeline_schedule" not in zero and "cp_attention" not in zero
+
+
 def test_what_the_recipe_fixes_is_not_tuned():
     def load(sets):
         return load_recipe(RECIPE, ["layout.tp=2", "train.micro_batch_rows=1", *sets])
