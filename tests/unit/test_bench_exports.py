@@ -5,10 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from pathlib import Path
 
 import lxml.etree as lxml
 import reframe
+import yaml
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from aifactory_train.bench.exports import render_bmf, render_csv, render_junit, render_markdown, render_openmetrics
@@ -16,6 +18,7 @@ from aifactory_train.bench.metric_names import NAMES
 from aifactory_train.bench.record import EnergyWindow, Judgement, Record, Verdict
 from bench_records import GEMM, a_metric, a_record
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 # The schema of the Ant JUnit tasks by Windy Road, as ReFrame carries it.
 SCHEMA = Path(reframe.__file__).parent / "schemas" / "junit.xsd"
 
@@ -137,3 +140,16 @@ def test_csv_has_the_columns_of_caraml_for_a_step() -> None:
     caraml |= {"Time/iteration": "0.5", "Tokens/second": "16384.0", "Avg_TFLOPs/GPU": "2.0", "JPerToken": "0.01"}
     assert len(rows) == 4 and all({name: row[name] for name in caraml} == caraml for row in rows[:3])
     assert (rows[3]["PP"], rows[3]["Median"], rows[3]["CILow"], rows[3]["N"]) == ("", "100.0", "99.8", "10")
+
+
+def test_the_patterns_of_jube_find_their_columns() -> None:
+    benchmark = yaml.safe_load((ROOT / "benchmarks" / "jube" / "aifactory.yaml").read_text())
+    metrics = {parameter["_"] for parameter in benchmark["parameterset"][1]["parameter"]}
+    assert {name.strip() for name in ",".join(metrics).split(",")} <= set(NAMES)
+    record = judged("regression", energy=[EnergyWindow(scope="gpu", method="rapl", joules=5.0, seconds=1.0)])
+    line = render_csv([record]).splitlines()[1]
+    patterns = {p["name"]: p["_"].replace("$metric", GEMM) for p in benchmark["patternset"]["pattern"]}
+    found = {name: match[1] for name, pattern in patterns.items() if (match := re.search(pattern, line))}
+    expected = {"system": "here", "n_nodes": "1", "n_devices": "2", "energy_j": "5.0", "median": "100.0"}
+    expected |= {"ci_low": "99.8", "ci_high": "100.2", "n_samples": "10", "verdict": "regression", "pp": ""}
+    assert {name: found[name] for name in expected} == expected
