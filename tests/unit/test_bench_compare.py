@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from aifactory_train.bench.compare import build_comparison, compare
+from aifactory_train.bench.compare import Row, build_comparison, compare
 from aifactory_train.bench.paired import Ratio
 from aifactory_train.bench.record import Record, Validity
 from aifactory_train.errors import RunFolderError
@@ -30,7 +30,7 @@ def folder(root: Path, name: str, values: list[list[float]], **changes: object) 
     return write_folder(root / name, records, samples)
 
 
-def only_row(a: Path, b: Path):
+def only_row(a: Path, b: Path) -> Row:
     (row,) = build_comparison(a, b).rows
     return row
 
@@ -133,6 +133,7 @@ def test_what_is_worth_nothing_is_not_compared(tmp_path: Path, changes: dict[str
 
     row = only_row(side("a"), side("b", **changes))
     assert row.verdict == verdict and row.ratio is None
+    assert only_row(tmp_path / "b", tmp_path / "a").verdict == verdict
     assert verdict in compare(tmp_path / "a", tmp_path / "b")
 
 
