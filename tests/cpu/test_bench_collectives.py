@@ -130,18 +130,8 @@ def test_a_link_that_is_dead_is_a_fault_of_both_ends_within_the_time_out() -> No
 
 
 def test_a_killed_peer_is_reported_with_both_hosts_and_the_other_pairs_are_measured(tmp_path: Path) -> None:
-    options = [
-        "--out",
-        str(tmp_path),
-        "--bytes",
-        "4096",
-        "--calls",
-        "6",
-        "--warmup-calls",
-        "1",
-        "--pair-timeout-s",
-        "25",
-    ]
+    sizes = ["--bytes", "4096", "--calls", "6", "--warmup-calls", "1", "--pair-timeout-s", "25"]
+    options = ["--out", str(tmp_path), *sizes]
     program = [sys.executable, str(ROOT / "benchmarks/p2p.py"), *options]
     parts = [["-n", "1", "-x", f"SLURMD_NODENAME=n{i}", *program] for i in (1, 2, 3)]
     line = [*MPIRUN, *itertools.chain.from_iterable([*part, ":"] for part in parts)][:-1]
