@@ -6,7 +6,9 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from aifactory_train.faults.checks import Check
 from aifactory_train.train import meet, preflight
@@ -22,6 +24,27 @@ def hang(*_: object) -> None:
 
 def fail(*_: object) -> None:
     raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
+
+
+def noted(arrived: Path, work: Callable[..., list[str]]) -> Callable[..., list[str]]:
+    """`work`, which tells the other rank that this one has come to it."""
+
+    def noted_work(*args: Any) -> list[str]:
+        arrived.touch()
+        return work(*args)
+
+    return noted_work
+
+
+def after(arrived: Path, work: Callable[..., None]) -> Callable[..., None]:
+    """`work`, when the other rank is there, too: what is broken earlier shows in the roll call."""
+
+    def late_work(*args: Any) -> None:
+        while not arrived.exists():
+            time.sleep(0.01)
+        work(*args)
+
+    return late_work
 
 
 BROKEN = {"dies": die, "hangs": hang, "fails": fail}
@@ -44,10 +67,10 @@ def run_rank(env: dict[str, str], attempt: Path, victim: int, where: str, how: s
     meet.RENDEZVOUS_S = meet.COLLECTIVE_S = 5.0
     meet.GOODBYE_S = 2.0
     preflight.CHECKS = ()
-    if env["RANK"] == str(victim):
-        if where == "check":
-            preflight.CHECKS = (Check("a broken device", BROKEN[how]),)
-            preflight.LIMIT_S = 3.0
-        else:
-            meet.measure_collectives = BROKEN[how]
+    broken, arrived = env["RANK"] == str(victim), said.with_name("in-collectives")
+    if where == "collectives":
+        meet.measure_collectives = after(arrived, BROKEN[how]) if broken else noted(arrived, meet.measure_collectives)
+    elif broken:
+        preflight.CHECKS = (Check("a broken device", BROKEN[how]),)
+        preflight.LIMIT_S = 3.0
     preflight.preflight(attempt)

@@ -106,6 +106,7 @@ def run_pair(run: Path, victim: int, where: str, how: str) -> list[tuple[int, st
     """Exit code and words of two ranks that nobody kills when the other dies, as srun leaves them by default."""
     for old in (run / "attempts" / "001" / "preflight").glob("*"):
         old.unlink()
+    (run / "in-collectives").unlink(missing_ok=True)
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
