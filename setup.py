@@ -110,6 +110,7 @@ setup(
         "deepspeed": ["deepspeed>=0.16"],
         "lora": ["peft"],
         "fp8": ["torchao"],
+        "gpu": ["nvidia-ml-py"],
         "test": [
             "pytest",
             "pytest-xdist",

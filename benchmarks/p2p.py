@@ -28,6 +28,7 @@ from aifactory_train.measure.program import Program, start
 from aifactory_train.measure.timing import time_calls
 
 BYTES = {"cpu": 1 << 20, "cuda": 256 << 20}
+ENDED = "it has ended"
 RATE = "aifactory_p2p_bandwidth_bytes_per_second"
 
 
@@ -98,7 +99,8 @@ def measure_pairs(program: Program, ends: dict[str, list[int]], n_bytes: int) ->
         except Missing as error:
             for pair in pairs:
                 if any(rank in error.ranks for end in pair for rank in ends[end]):
-                    write_pair(program, ends, pair, [{"fault": "this rank has ended"}] * control.size, n_bytes)
+                    told = [{"fault": ENDED} if r in error.ranks else {} for r in range(control.size)]
+                    write_pair(program, ends, pair, told, n_bytes)
             raise
         for pair in pairs if reports is not None else ():
             write_pair(program, ends, pair, reports or [], n_bytes)
@@ -112,7 +114,8 @@ def write_pair(program: Program, ends: dict[str, list[int]], pair: Pair, reports
     faults = [f"rank {r} on {program.control.hosts[r]}: {reports[r]['fault']}" for r in ranks if "fault" in reports[r]]
     if faults:
         what = f"{pair[0]} and {pair[1]} do not reach each other: {'; '.join(faults)}"
-        program.write(cell, {}, None, hosts=hosts, fault=what)
+        ended = [hosts.index(program.control.hosts[r]) for r in ranks if reports[r].get("fault") == ENDED]
+        program.write(cell, {}, None, hosts=hosts, fault=what, facts={"missing_ranks": ended})
         return
     wrong = Validity(wrong_values=sum(reports[r]["wrong"] for r in ranks))
     nic = nic_bytes_per_s(program.machine) if len(hosts) > 1 else None

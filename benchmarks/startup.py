@@ -1,7 +1,7 @@
 """From `aifactory-train launch` to the end of the first step, again and again, phase by phase.
 
 A tiny text is made and prepared first. The first start is not counted: files and compiled kernels are cold then.
-Starts by mpirun on this node, so it needs a machine without Slurm, or --machine local inside of a job.
+Starts by mpirun on this node, on a machine with Slurm inside of a job: what the queue adds is not a start.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from aifactory_train.bench.record import Protocol
 from aifactory_train.data.prepare import prepare
 from aifactory_train.errors import PlanError
 from aifactory_train.launch.env import submit_environment
+from aifactory_train.machine.load import write_machine
 from aifactory_train.measure.program import Program, start
 from aifactory_train.measure.startup import PHASES, measure_start_s, write_corpus
 from aifactory_train.measure.timing import FEWEST_SAMPLES
@@ -64,12 +65,15 @@ def measure(program: Program, folder: Path) -> None:
     options, sets = program.options, sets_of(program, folder)
     recipe = load_recipe(options.recipe, sets)
     prepare(recipe.data)
-    command = [sys.executable, "-m", "aifactory_train", "launch", options.recipe, "--machine", options.machine]
+    node = folder / f"{program.machine_name}.yaml"
+    write_machine(program.machine.model_copy(update={"slurm": None}), node)
+    command = [sys.executable, "-m", "aifactory_train", "launch", options.recipe, "--machine", str(node)]
     command += ["--cpu-ranks", str(options.cpu_ranks), *(word for each in sets for word in ("--set", each))]
+    # In a job these lead to the first of its nodes.
+    env = {k: v for k, v in submit_environment(None, None).items() if k not in ("MASTER_ADDR", "MASTER_PORT")}
     starts = []
     for number in range(options.repeats + 1):
         run = RunDir(folder / f"run-{number}")
-        env = submit_environment(None, None)
         starts.append(measure_start_s([*command, "--run", str(run.root)], run, env, options.timeout_s))
     protocol = Protocol(
         warmup_steps=1,

@@ -9,14 +9,17 @@ import math
 import time
 from argparse import ArgumentParser
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from aifactory_train.bench.fingerprints import code_sha256
 from aifactory_train.bench.record import Protocol, Scalar
 from aifactory_train.launch.env import set_deterministic, set_local_rank
 from aifactory_train.measure import steps
 from aifactory_train.measure.meters import join_windows
+from aifactory_train.measure.mllog import MlLog
 from aifactory_train.measure.program import Program, start
 from aifactory_train.measure.surroundings import probe_rank
 from aifactory_train.measure.timing import sample, warm_up
@@ -37,9 +40,11 @@ def add_options(parser: ArgumentParser) -> None:
     parser.set_defaults(timeout_s=TIMEOUT_S)
     parser.add_argument("--recipe", required=True, help="configs/recipes/NAME.yaml")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, as for launch")
+    parser.add_argument("--grow-batch", action="store_true", help="the recipe's batch is of one node: weak scaling")
     parser.add_argument("--data", choices=("synthetic", "real"), default="synthetic", help="rows (default synthetic)")
     parser.add_argument("--steps", type=int, help="timed steps, however wide their interval; default: by the interval")
     parser.add_argument("--fingerprint", action="store_true", help="deterministic kernels, and what they compute")
+    parser.add_argument("--mllog", type=Path, metavar="FILE", help="also lines with MLPerf's keys, as it runs")
 
 
 def main() -> None:
@@ -60,6 +65,9 @@ def plan_here(program: Program) -> Plan:
     """For the ranks that were started, as `launch` plans."""
     n_nodes = len(set(program.control.hosts))
     recipe = load_recipe(program.options.recipe, program.options.set)
+    if program.options.grow_batch:
+        batch = f"train.global_batch_tokens={n_nodes * recipe.train.global_batch_tokens}"
+        recipe = load_recipe(program.options.recipe, [*program.options.set, batch])
     return make_launch_plan(recipe, program.machine, n_nodes, program.control.size // n_nodes, None, None)
 
 
@@ -84,6 +92,9 @@ def measure(program: Program, plan: Plan) -> None:
     """Build, rehearse, warm up, time, and write the record. Collective: all ranks arrive."""
     options, control, timeout_s = program.options, program.control, program.options.timeout_s
     cell = cell_of(plan, options.data, options.fingerprint)
+    log = MlLog(options.mllog if control.rank == 0 else None)
+    log.mark("init_start")
+    log.settings(plan, options.recipe)
     t0_s = time.monotonic()
     check_world_size(program.ranks, plan.layout.world_size)
     device = enter(plan, program.ranks, f"{options.recipe} on machine {plan.machine.name}", timeout_s)
@@ -92,11 +103,14 @@ def measure(program: Program, plan: Plan) -> None:
     t1_s = time.monotonic()
     engine.rehearse(batches.batch(0))  # compiling may take longer than the time-out, so nobody watches it
     facts: dict[str, Any] = {"build_s": t1_s - t0_s, "rehearse_s": time.monotonic() - t1_s}
+    log.mark("init_stop", "run_start")
     stepper = steps.Stepper(engine, batches, program.alive)
     with program.watched(cell):
         warmed = warm_up(stepper.step, device, program.limits, control, None, timeout_s)
+        log.mark("block_start", "power_measurement_start")
         with program.meters.window() as window:
             seconds, ci_reached = sample(stepper.step, device, program.limits, control, None, warmed, timeout_s)
+        log.mark("power_measurement_stop", "block_stop")
         own = {"seconds": seconds, "wait_s": stepper.wait_s[warmed.calls :], "peak_bytes": peak_memory_bytes(device)}
         own |= {"window": window.as_json(), "rank": probe_rank(device)}
         while options.fingerprint and len(stepper.wait_s) < steps.FINGERPRINT_STEPS[-1]:
@@ -117,11 +131,14 @@ def measure(program: Program, plan: Plan) -> None:
     gemm, missed = steps.slowest_device_flops_per_s(plan, by_rank, control.hosts)
     samples = steps.samples_of(plan, by_rank, gemm)
     read = join_windows([each["window"] for each in by_rank])
-    facts |= {"ranks": [each["rank"] for each in by_rank], "health": read.health}
+    log.results(len(seconds) * plan.recipe.global_batch_rows, read.energy)
+    log.mark("run_stop", status="success")
+    facts |= {"ranks": [each["rank"] for each in by_rank], **read.facts()}
     facts |= steps.facts_of(plan, samples, read.energy) | {"gemm_flops_per_s": gemm, "loss": [losses[0], losses[-1]]}
     validity = steps.validity_of(losses, grad_norms, n_parameters, read.throttled)
     if options.fingerprint:
         digest, facts["fingerprint"] = steps.fingerprint(losses, grad_norms)
+        facts["code_sha256"] = code_sha256()
         validity = validity.model_copy(update={"fingerprint": digest})
     if validity.loss_finite:
         samples |= {"loss_nats": {0: losses}, "grad_norm": {0: grad_norms}}

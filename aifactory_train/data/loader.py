@@ -8,7 +8,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -114,7 +114,7 @@ class Loader:
         tensor = torch.from_numpy(array)
         return tensor.pin_memory() if self._pin_memory else tensor
 
-    def batches(self, first_step: int) -> Iterator[Batch]:
+    def batches(self, first_step: int) -> Generator[Batch]:
         """Batches of first_step, first_step + 1, ... without end, read ahead; what fails in the thread raises here."""
         ready: queue.Queue[Batch | BaseException] = queue.Queue(PREFETCH_STEPS)
         stop = threading.Event()

@@ -8,6 +8,7 @@ Values are what JSON can hold: a tuple comes back as a list, and a key as text.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import select
@@ -279,10 +280,14 @@ def build_control(ranks: Ranks, timeout_s: float, of_node: bool = False) -> Cont
 
 @contextmanager
 def limited_start(limit_s: float) -> Iterator[None]:
-    """End this process where MPI_Init waits for a rank that is gone.
+    """End this process, with the exit code of RendezvousError, where MPI_Init waits for a rank that is gone.
 
-    It knows no limit, and no thread of Python runs meanwhile; so another process looks at the clock.
+    It knows no limit, and no thread of Python runs meanwhile; so another process looks at the clock. What that sends is
+    handled by C, not by Python, and not left to kill: `mpirun --continuous` ends with 0 when signals have killed all.
     """
+    libc = ctypes.CDLL(None)
+    libc.signal(signal.SIGQUIT, libc._exit)  # which then gets the number of the signal
+    assert int(signal.SIGQUIT) == RendezvousError.exit_code
     read, write = os.pipe()
     parent, child = os.getpid(), os.fork()
     if child == 0:
@@ -291,7 +296,7 @@ def limited_start(limit_s: float) -> Iterator[None]:
             what = f"MPI did not start all ranks within {limit_s:.0f} s"
             error = RendezvousError(what, where=f"a rank on {node_name()}", do="look at the hosts and at the fabric")
             print(error.render(), file=sys.stderr, flush=True)
-            os.kill(parent, signal.SIGKILL)
+            os.kill(parent, signal.SIGQUIT)
         os._exit(0)
     os.close(read)
     try:
@@ -299,6 +304,7 @@ def limited_start(limit_s: float) -> Iterator[None]:
     finally:
         os.close(write)
         os.waitpid(child, 0)
+        signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 
 
 def raise_interrupted(number: int, frame: FrameType | None) -> None:

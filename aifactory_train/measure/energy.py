@@ -10,8 +10,9 @@ import importlib
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,6 +26,8 @@ MIN_WINDOW_S = 10.0
 # RAPL counts every millisecond.
 MIN_RAPL_WINDOW_S = 1.0
 METER_PERIOD_S = 0.1
+# Two methods that look at the same scope and differ by more: one of them is wrong.
+MAX_APART_FRAC = 0.05
 _GRACE_SCOPES = {"Module": "module", "Grace": "package"}
 
 
@@ -99,7 +102,8 @@ class EnergyMeter:
         short: dict[tuple[str, str], Unavailable] = {}
         for meter in self.meters:
             meter.look()
-        for source in (*self.counters, *self.meters):
+        sources: list[Counter | Meter] = [*self.counters, *self.meters]
+        for source in sources:
             limit_s = source.min_window_s if isinstance(source, Counter) else MIN_WINDOW_S
             key = (source.scope, source.method)
             if seconds < limit_s:
@@ -139,24 +143,16 @@ class EnergyMeter:
             self._missed("nvml power", str(error))
 
     def _open_amdsmi(self, device: torch.device) -> None:
-        smi, reason = _import("amdsmi", "the package amdsmi comes with ROCm: pip install /opt/rocm/share/amd_smi")
+        smi, handle, reason = open_amdsmi(device)
         if smi is None:
             self._missed("amdsmi", reason)
             return
         try:
-            smi.amdsmi_init()
-            bus = torch.cuda.get_device_properties(device).pci_bus_id
-            handles = [
-                h for h in smi.amdsmi_get_processor_handles() if _bus_of(smi.amdsmi_get_gpu_device_bdf(h)) == bus
-            ]
-            if not handles:
-                self._missed("amdsmi", f"no device on PCI bus {bus:#x}")
-                return
-            amdsmi_joules(smi.amdsmi_get_energy_count(handles[0]))
+            amdsmi_joules(smi.amdsmi_get_energy_count(handle))
         except (smi.AmdSmiException, KeyError) as error:
             self._missed("amdsmi energy counter", f"{type(error).__name__}: {error}")
             return
-        read_j = lambda: amdsmi_joules(smi.amdsmi_get_energy_count(handles[0]))  # noqa: E731
+        read_j = lambda: amdsmi_joules(smi.amdsmi_get_energy_count(handle))  # noqa: E731
         self.counters.append(Counter("gpu", "amdsmi_counter", read_j))
 
     def _open_rapl(self, sys_root: Path) -> None:
@@ -208,9 +204,20 @@ class EnergyMeter:
             self.counters.append(Counter(scope, "pm_counters", read_j))
 
 
+def find_disagreements(windows: Sequence[EnergyWindow]) -> list[str]:
+    """A sentence for each two methods of one scope that are more than MAX_APART_FRAC apart."""
+    found = []
+    for one, other in combinations(windows, 2):
+        low, high = sorted((one, other), key=lambda window: window.joules)
+        if one.scope == other.scope and high.joules > low.joules * (1 + MAX_APART_FRAC):
+            told = f"{high.joules:.0f} J by {high.method}, {low.joules:.0f} J by {low.method}"
+            found.append(f"energy of {one.scope}: {told}; they should be within {MAX_APART_FRAC * 100:g} %")
+    return found
+
+
 def open_nvml(device: torch.device) -> tuple[Any, Any, str]:
     """(module, handle of this device, ""), or (None, None, why not). The UUID holds where devices are hidden, too."""
-    nvml, reason = _import("pynvml", "pip install nvidia-ml-py")
+    nvml, reason = _import("pynvml", "pip install 'aifactory-train[gpu]', or pip install nvidia-ml-py")
     if nvml is None:
         return None, None, reason
     try:
@@ -219,6 +226,23 @@ def open_nvml(device: torch.device) -> tuple[Any, Any, str]:
         return nvml, nvml.nvmlDeviceGetHandleByUUID(uuid), ""
     except nvml.NVMLError as error:
         return None, None, f"NVML: {error}"
+
+
+def open_amdsmi(device: torch.device) -> tuple[Any, Any, str]:
+    """(module, handle of this device, ""), or (None, None, why not)."""
+    smi, reason = _import("amdsmi", "the package amdsmi comes with ROCm: pip install /opt/rocm/share/amd_smi")
+    if smi is None:
+        return None, None, reason
+    try:
+        smi.amdsmi_init()
+        properties: Any = torch.cuda.get_device_properties(device)  # torch's stubs lack the bus
+        bus = properties.pci_bus_id
+        for handle in smi.amdsmi_get_processor_handles():
+            if _bus_of(smi.amdsmi_get_gpu_device_bdf(handle)) == bus:
+                return smi, handle, ""
+    except smi.AmdSmiException as error:
+        return None, None, f"amdsmi: {type(error).__name__}: {error}"
+    return None, None, f"amdsmi shows no device on PCI bus {bus:#x}"
 
 
 def amdsmi_joules(answer: dict[str, Any]) -> float:

@@ -51,7 +51,9 @@ class HealthMonitor:
         self._health = Health()
         self._errors_before: int | None = None
         reason = "no GPU: the clock and heat of a CPU are not read"
-        if device.type == "cuda":
+        if device.type == "cuda" and torch.version.hip:
+            reason = "clock and heat of AMD's devices are not read"
+        elif device.type == "cuda":
             self._nvml, self._handle, reason = open_nvml(device)
         if self._nvml is None:
             self.unavailable.append(Unavailable(probe="device health", reason=reason))

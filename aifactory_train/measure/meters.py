@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from aifactory_train.bench.record import EnergyWindow, Unavailable
-from aifactory_train.measure.energy import EnergyMeter
+from aifactory_train.measure.energy import EnergyMeter, find_disagreements
 from aifactory_train.measure.health import Health, HealthMonitor
 
 
@@ -32,12 +32,20 @@ class Window:
 
 @dataclass
 class Joined:
-    """Of all ranks. health: one entry per rank; throttled: any of them, None where no rank can tell."""
+    """Of all ranks. health: one entry per rank; throttled: any of them, None where no rank can tell.
+
+    warnings: methods of one scope that disagree.
+    """
 
     energy: list[EnergyWindow]
+    warnings: list[str]
     health: list[dict[str, Any] | None]
     throttled: bool | None
     unavailable: list[Unavailable]
+
+    def facts(self) -> dict[str, Any]:
+        """For the facts of a record; warnings only where there are any."""
+        return {"health": self.health} | ({"warnings": self.warnings} if self.warnings else {})
 
 
 class Meters:
@@ -89,4 +97,6 @@ def join_windows(of_ranks: Sequence[dict[str, Any]]) -> Joined:
             del sums[key]
     health = [rank["health"] for rank in of_ranks]
     known = [bool(one["slowed_by"]) for one in health if one is not None]
-    return Joined(list(sums.values()), health, any(known) if known else None, list(missed.values()))
+    energy = list(sums.values())
+    throttled = any(known) if known else None
+    return Joined(energy, find_disagreements(energy), health, throttled, list(missed.values()))

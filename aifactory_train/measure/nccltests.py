@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from aifactory_train.bench.record import Protocol, Validity
+from aifactory_train.bench.record import Protocol, Scalar, Validity
 from aifactory_train.bench.statistics import steady_from
 from aifactory_train.bench.wire import Op, bus_factor, estimate_wire
 from aifactory_train.errors import UserError
@@ -85,7 +85,7 @@ def write_nccl_tests(
     """
     control, timeout_s = program.control, program.options.timeout_s
     n_nodes = len(set(control.hosts))
-    cell = {"op": op, "dtype": dtype, "nodes": n_nodes, "algo": algo, "by": "nccl-tests"}
+    cell: dict[str, Scalar | None] = {"op": op, "dtype": dtype, "nodes": n_nodes, "algo": algo, "by": "nccl-tests"}
     if n_nodes > 1:
         why = "over several nodes its binaries are an MPI job of their own, which cannot be started inside this one"
         program.write(cell, {}, None, facts={"skipped": why})

@@ -44,6 +44,7 @@ from aifactory_train.machine.load import LOCAL, load_machine
 from aifactory_train.machine.machine import Machine
 from aifactory_train.measure.control import VERDICT_S, Control, Missing, build_control, limited_start, raise_interrupted
 from aifactory_train.measure.energy import MIN_WINDOW_S
+from aifactory_train.measure.hardware import find_libraries, probe_place
 from aifactory_train.measure.meters import Meters, join_windows
 from aifactory_train.measure.surroundings import bind_threads, pick_device, probe_rank, probe_surroundings
 from aifactory_train.measure.timing import Limits, WarmUp, Work, sample, warm_up
@@ -104,8 +105,9 @@ class Program:
             self.ranks = ranks = replace(ranks, store=_open_store(ranks, timeout_s))
         self.control = build_control(ranks, timeout_s, self.options.alone)
         bind_threads(self.control, timeout_s)
-        if self.control.rank == 0:  # now, not when a fault leaves no time for it
-            self._surroundings = probe_surroundings(ranks)
+        places = self.control.gather(probe_place(self.device).as_json(), timeout_s)
+        if places is not None:  # now, not when a fault leaves no time for it
+            self._surroundings = probe_surroundings(ranks, places)
         self.meters = Meters(self.device, of_node=ranks.local_rank == 0)
         threading.Thread(target=self._watch, daemon=True).start()
 
@@ -151,7 +153,7 @@ class Program:
             cell,
             samples,
             self._protocol(warmed, seconds, ci_reached, reduction),
-            facts={**(facts or {}), "ranks": [report["rank"] for report in reports], "health": windows.health},
+            facts={**(facts or {}), "ranks": [report["rank"] for report in reports], **windows.facts()},
             flops=flops,
             validity=Validity(wrong_values=None if None in wrongs else sum(wrongs), throttled=windows.throttled),
             energy=windows.energy,
@@ -255,7 +257,7 @@ class Program:
         )
 
     def _record(self, cell: Cell, identity: str, *, unavailable: Sequence[Unavailable] = (), **parts: Any) -> Record:
-        seen, missed = self._surroundings or probe_surroundings(self.ranks)
+        seen, missed = self._surroundings or probe_surroundings(self.ranks, [probe_place(self.device).as_json()])
         return Record(
             schema="aifactory-bench/1",
             id=identity,
@@ -266,7 +268,7 @@ class Program:
             started=self._started.isoformat(timespec="seconds"),
             ended=_now().isoformat(timespec="seconds"),
             cell={**cell, "ranks": self.control.size},
-            provenance=seen,
+            provenance={**seen, "libraries": find_libraries()},
             unavailable=[*missed, *unavailable],
             samples=None,
         )
@@ -285,9 +287,9 @@ class Program:
 
     def end(self, error: BaseException) -> None:
         """Say what happened, leave a record of it, and end this process: nothing that hangs is waited for."""
-        ours, asked = isinstance(error, AifactoryError), isinstance(error, Interrupted)
-        what = error.what if ours else f"{type(error).__name__}: {error}"
-        print(error.render() if ours else "".join(traceback.format_exception(error)), file=sys.stderr, flush=True)
+        ours, asked = error if isinstance(error, AifactoryError) else None, isinstance(error, Interrupted)
+        what = ours.what if ours else f"{type(error).__name__}: {error}"
+        print(ours.render() if ours else "".join(traceback.format_exception(error)), file=sys.stderr, flush=True)
         identity = new_id(self.benchmark)
         if asked:  # a launcher that ends the ranks of a dead one leaves them a part of a second
             self._write_fault(identity, what, [])
@@ -302,7 +304,7 @@ class Program:
         sys.stdout.flush()
         sys.stderr.flush()
         # MPI_Finalize and the threads of torch would wait for ranks that are gone.
-        os._exit(error.exit_code if ours else 1)
+        os._exit(ours.exit_code if ours else 1)
 
     def _write_fault(self, identity: str, what: str, missing: list[int]) -> None:
         if not self._speaks(missing):

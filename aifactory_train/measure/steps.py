@@ -86,8 +86,13 @@ class SyntheticBatches:
             document_BT = np.cumsum(start_BU[:, :-1], axis=1, dtype=np.int32)
             T = np.arange(n_tokens, dtype=np.int64)
             position_BT = T - np.maximum.accumulate(np.where(start_BU[:, :-1], T, 0), axis=1)
-        tensors = [None if a is None else self._tensor(a) for a in (input_BT, target_BT, document_BT, position_BT)]
-        return Batch(*tensors, n_valid_tokens=int((target_BT != IGNORE).sum()))
+        return Batch(
+            self._tensor(input_BT),
+            self._tensor(target_BT),
+            None if document_BT is None else self._tensor(document_BT),
+            None if position_BT is None else self._tensor(position_BT),
+            n_valid_tokens=int((target_BT != IGNORE).sum()),
+        )
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         tensor = torch.from_numpy(array)
@@ -150,17 +155,17 @@ def fingerprint(losses: Sequence[float], grad_norms: Sequence[float]) -> tuple[s
 
 def agree_on_plan(build: Callable[[], Plan], control: Control, timeout_s: float) -> Plan:
     """Rank 0's plan on all ranks, so that a machine that is looked at now is one for all. Raises what rank 0 raised."""
-    told = None
+    told: dict[str, Any] | None = None
     if control.rank == 0:
         try:
             told = {"plan": build().to_json()}
         except UserError as error:
             told = {"fault": [error.what, error.where, error.do]}
-    told = control.broadcast(told, timeout_s)
-    if "fault" in told:
-        what, where, do = told["fault"]
+    agreed: dict[str, Any] = control.broadcast(told, timeout_s)
+    if "fault" in agreed:
+        what, where, do = agreed["fault"]
         raise PlanError(what, where=where, do=do)
-    return Plan.model_validate_json(told["plan"])
+    return Plan.model_validate_json(agreed["plan"])
 
 
 def build_batches(plan: Plan, ranks: Ranks, device: torch.device, data: str) -> Batches:

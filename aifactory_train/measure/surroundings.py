@@ -5,18 +5,20 @@ from __future__ import annotations
 import os
 import resource
 import sys
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from aifactory_train.bench.record import Unavailable
 from aifactory_train.faults.host import _spans
+from aifactory_train.machine.probe_look import Look
+from aifactory_train.machine.probe_network import probe_network
 from aifactory_train.measure.control import Control
-from aifactory_train.results.provenance import provenance
+from aifactory_train.measure.hardware import join_places, probe_gpu
+from aifactory_train.results.provenance import packages, provenance
 from aifactory_train.train.ranks import Ranks, quoted_environment
-
-GOVERNOR = "devices/system/cpu/cpu0/cpufreq/scaling_governor"
+from aifactory_train.units import format_bytes
 
 
 def pick_device(ranks: Ranks) -> torch.device:
@@ -42,16 +44,22 @@ def bind_threads(control: Control, timeout_s: float) -> None:
 
 
 def probe_rank(device: torch.device) -> dict[str, Any]:
-    """What may differ from rank to rank."""
+    """What may differ from rank to rank, and from cell to cell."""
     facts = {"cores": _spans(os.sched_getaffinity(0)), "threads": torch.get_num_threads(), "device": str(device)}
     if device.type == "cuda":
         gpu = torch.cuda.get_device_properties(device)
         facts |= {"gpu": gpu.name, "gpu_memory_bytes": gpu.total_memory, "gpu_uuid": str(gpu.uuid)}
+        facts["power_cap_w"] = probe_gpu(device)[0].get("power_cap_w")
     return facts
 
 
-def probe_surroundings(ranks: Ranks, sys_root: Path = Path("/sys")) -> tuple[dict[str, Any], list[Unavailable]]:
-    """Code, versions, job and system, of the node of rank 0; and what could not be read, with the reason."""
+def probe_surroundings(ranks: Ranks, places: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], list[Unavailable]]:
+    """Code, versions, job and system; and what could not be read, with the reason.
+
+    Args:
+        places: of each rank, as `Place.as_json`; what is not of a place is of the node of this process.
+    """
+    joined = join_places(places)
     build = {
         "version": torch.__version__,
         "git": torch.version.git_version,
@@ -60,9 +68,14 @@ def probe_surroundings(ranks: Ranks, sys_root: Path = Path("/sys")) -> tuple[dic
         "nccl": list(torch.cuda.nccl.version()) if torch.cuda.is_available() else None,
         "config": torch.__config__.show().strip(),
     }
+    code = provenance()
     seen: dict[str, Any] = {
-        **provenance(),
+        **code,
         "torch_build": build,
+        **packages(),
+        **joined.common,
+        "drift": joined.drift,
+        "system": describe_system(code["cpu"], joined.common, Look()),
         "started_by": ranks.source,
         "command": sys.argv,
         "environment": quoted_environment(),
@@ -70,10 +83,29 @@ def probe_surroundings(ranks: Ranks, sys_root: Path = Path("/sys")) -> tuple[dic
         "n_cpus": os.cpu_count(),
         "load_1min": os.getloadavg()[0],
     }
-    missed = []
-    for name, path in (("cpu_governor", sys_root / GOVERNOR), ("kernel_cmdline", Path("/proc/cmdline"))):
-        try:
-            seen[name] = path.read_text().strip()
-        except OSError as error:
-            missed.append(Unavailable(probe=name, reason=f"{path}: {error.strerror}"))
-    return seen, missed
+    return seen, joined.unavailable
+
+
+def describe_system(cpu: str, places: Mapping[str, Mapping[str, Any]], look: Look) -> dict[str, Any]:
+    """This node in the field names of MLPerf's system descriptions; what is not known is left out."""
+    node, gpu, (network, _) = places.get("node", {}), places.get("gpu", {}), probe_network(look)
+    n_gpus = torch.cuda.device_count()
+    stack = {"cuda": torch.version.cuda, "rocm": torch.version.hip, "driver": gpu.get("driver")}
+    links = f"{gpu['nvlinks']} NVLinks per device" if gpu.get("nvlinks") else None
+    nics = f"{network.nics_per_node}x {network.nic_gbit_per_s:g} Gbit/s {network.fabric}" if network.nics else None
+    fields = {
+        "host_processor_model_name": cpu,
+        "host_processors_per_node": node.get("sockets"),
+        "host_memory_capacity": format_bytes(node["memory_bytes"]) if "memory_bytes" in node else None,
+        "host_networking": nics,
+        "accelerators_per_node": n_gpus,
+        "accelerator_model_name": torch.cuda.get_device_name() if n_gpus else None,
+        "accelerator_memory_capacity": (
+            format_bytes(torch.cuda.get_device_properties(0).total_memory) if n_gpus else None
+        ),
+        "accelerator_interconnect": links,
+        "framework": f"PyTorch {torch.__version__}",
+        "other_software_stack": {name: version for name, version in stack.items() if version} or None,
+        "operating_system": f"{node['os']}, Linux {node['kernel']}" if "os" in node else None,
+    }
+    return {name: value for name, value in fields.items() if value is not None}

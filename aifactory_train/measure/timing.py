@@ -32,9 +32,10 @@ class Limits:
     """How long to warm up and to measure.
 
     At least `min_warmup` calls and `soak_s` of them are discarded, then more until the medians of two successive
-    windows of `window` calls differ by less than `change_frac`, `max_warmup` at most. Samples are taken until there are
-    `min_samples` over `min_window_s`, and half of the 95 % interval of the median is below `ci_half_width_frac` of it,
-    or `budget_s` are over.
+    windows differ by less than `change_frac`, `max_windows` at most. A window has `window` calls, and of short ones as
+    many as fill `window_s`: the median of ten calls of microseconds changes by more than that for ever. Samples are
+    taken until there are `min_samples` over `min_window_s`, and half of the 95 % interval of the median is below
+    `ci_half_width_frac` of it, or `budget_s` are over.
     The budget holds for the samples, and once more for the calls after the soak that are discarded.
     """
 
@@ -43,8 +44,9 @@ class Limits:
     min_window_s: float = 0.0
     min_warmup: int = 10
     window: int = 10
+    window_s: float = 0.1
     change_frac: float = 0.01
-    max_warmup: int = 100
+    max_windows: int = 10
     min_samples: int = 50
     ci_half_width_frac: float = 0.01
 
@@ -52,9 +54,13 @@ class Limits:
         """In words, for the record."""
         return (
             f"at least {self.min_warmup} calls and {self.soak_s:g} s; then until the medians of two successive windows "
-            f"of {self.window} calls differ by less than {self.change_frac:.1%}, {self.max_warmup} calls or "
-            f"{self.budget_s:g} s at most"
+            f"of {self.window} calls, or of {self.window_s:g} s where that is more, differ by less than "
+            f"{self.change_frac:.1%}, {self.max_windows} windows or {self.budget_s:g} s at most"
         )
+
+    def window_calls(self, call_s: float) -> int:
+        """Calls of a window, where one takes so long."""
+        return max(self.window, min(CHUNK_CALLS, int(self.window_s / max(call_s, 1e-9))))
 
 
 @dataclass(frozen=True)
@@ -66,32 +72,13 @@ class WarmUp:
     call_s: float
 
 
-@dataclass(frozen=True)
-class Samples:
-    """Seconds of each call on this rank. The fields below it are the same on all ranks."""
-
-    seconds: list[float]
-    warmup_steps: int
-    steady: bool
-    ci_reached: bool
-
-
-def measure(
-    work: Work, device: torch.device, limits: Limits, control: Control, before: Work | None, timeout_s: float = 300.0
-) -> Samples:
-    """Warm up, then sample. All ranks arrive; `before` runs ahead of each call, outside of its time."""
-    warmed = warm_up(work, device, limits, control, before, timeout_s)
-    seconds, ci_reached = sample(work, device, limits, control, before, warmed, timeout_s)
-    return Samples(seconds, warmed.calls, warmed.steady, ci_reached)
-
-
 def warm_up(
     work: Work, device: torch.device, limits: Limits, control: Control, before: Work | None, timeout_s: float
 ) -> WarmUp:
     """Discarded calls, by the rule of `limits`."""
     begin_s = time.monotonic()
     series: list[float] = []  # of the slowest rank, on rank 0
-    tested_from = 0
+    tested_from = window = 0
     n_calls, steady, more = 0, False, limits.min_warmup
     soaked_s = None if limits.soak_s else begin_s
     call_s = 0.0
@@ -109,10 +96,10 @@ def warm_up(
             if soaked_s is None:
                 more = _chunk_calls(call_s, limits.soak_s - (now_s - begin_s))
             else:
-                tail = series[tested_from:]
-                steady = steady_from(tail, limits.window, limits.change_frac) is not None
-                spent = now_s - soaked_s > limits.budget_s or len(tail) >= limits.max_warmup
-                more = 0 if steady or spent else limits.window
+                tail, window = series[tested_from:], window or limits.window_calls(statistics.median(slowest))
+                steady = steady_from(tail, window, limits.change_frac) is not None
+                spent = now_s - soaked_s > limits.budget_s or len(tail) >= limits.max_windows * window
+                more = 0 if steady or spent else window
         more, steady, call_s = control.broadcast([more, steady, call_s], timeout_s)
     return WarmUp(n_calls, steady, call_s)
 

@@ -43,6 +43,7 @@ class RunObservation:
     """One run: what it did, and how long it took. `origin` names run, code and host, for the machine file.
 
     step_time_s: median of the steady state. checkpoint_bytes_per_s: until the commit; None: it saved nothing.
+    doubt: why it may be far from what the machine does; None: nothing says so.
     """
 
     origin: str
@@ -50,14 +51,16 @@ class RunObservation:
     layout: Layout
     step_time_s: float
     checkpoint_bytes_per_s: float | None = None
+    doubt: str | None = None
 
 
 @dataclass(frozen=True)
 class RateObservation:
-    """Rates of one device, as a benchmark or `probe` took them. `origin` names the record."""
+    """Rates of one device, as a benchmark or `probe` took them. `origin` names the record; doubt: as of a run."""
 
     origin: str
     measured: Measured
+    doubt: str | None = None
 
 
 @dataclass(frozen=True)

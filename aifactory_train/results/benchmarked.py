@@ -14,8 +14,11 @@ from aifactory_train.machine.machine import ByDtype, Machine, Measured
 from aifactory_train.plan.calibrate import RateObservation, RunObservation
 from aifactory_train.plan.plan import Plan
 from aifactory_train.plan.work import work_of
+from aifactory_train.units import format_fraction
 
 SHA_DIGITS = 10
+# Half of the interval of a median, beside it. Wider, and the measurement alone uses up the tenth that plans promise.
+WIDE_FRAC = 0.05
 # benchmark -> the metric that is read; the other benchmarks measure nothing that a plan is made from.
 _READ = {
     "gemm": "aifactory_gemm_flops_per_second",
@@ -30,6 +33,7 @@ class _Metric(BaseModel):
 
     name: str
     median: float
+    ci95: tuple[float, float] | None = None
 
 
 class BenchRecord(BaseModel):
@@ -43,6 +47,7 @@ class BenchRecord(BaseModel):
     machine: str
     hosts: list[str]
     cell: dict[str, Any]
+    protocol: dict[str, Any] | None = None
     metrics: list[_Metric]
     validity: dict[str, Any] = {}
     facts: dict[str, Any] = {}
@@ -50,18 +55,35 @@ class BenchRecord(BaseModel):
     fault: str | None = None
 
     @property
-    def median(self) -> float | None:
-        """Of what `calibrate` reads of this benchmark; None where it reads nothing."""
+    def metric(self) -> _Metric | None:
+        """What `calibrate` reads of this benchmark; None where it reads nothing."""
         name = _READ.get(self.benchmark)
-        return next((metric.median for metric in self.metrics if metric.name == name), None)
+        return next((metric for metric in self.metrics if metric.name == name), None)
+
+    @property
+    def median(self) -> float:
+        """Of `metric`, which is there."""
+        assert self.metric is not None
+        return self.metric.median
+
+    @property
+    def doubt(self) -> str | None:
+        """Why the median may be far from what the device does: something else ran beside it. None: nothing says so."""
+        if self.protocol is not None and not self.protocol.get("steady", True):
+            return "not steady"
+        low, high = (self.metric and self.metric.ci95) or (self.median, self.median)
+        wide_frac = (high - low) / 2 / self.median if self.median else 0.0
+        return f"known to within {format_fraction(wide_frac)}" if wide_frac > WIDE_FRAC else None
 
     @property
     def origin(self) -> str:
-        return f"{self.id} (git {self.provenance['git_sha'][:SHA_DIGITS]})"
+        return f"{self.id} (git {self.provenance['git_sha'][:SHA_DIGITS]}{f', {self.doubt}' if self.doubt else ''})"
 
 
 def load_bench_records(path: Path) -> list[BenchRecord]:
     """One record, or all of a bench folder that say something to a plan and did not fail.
+
+    Of the records of a folder that measured the same, those in doubt are left out where others are not in doubt.
 
     Raises:
         RunFolderError: no record, one without git sha, or none that can be used.
@@ -79,7 +101,13 @@ def load_bench_records(path: Path) -> list[BenchRecord]:
             where=str(path / "records"),
             do="aifactory-train bench node, or bench train, measures what plans need",
         )
-    return usable
+    sure = {_measured(record) for record in usable if record.doubt is None}
+    return [record for record in usable if record.doubt is None or _measured(record) not in sure]
+
+
+def _measured(record: BenchRecord) -> str:
+    """Cell and nodes."""
+    return json.dumps([record.benchmark, record.cell, sorted(record.hosts)], sort_keys=True)
 
 
 def _load(path: Path) -> BenchRecord:
@@ -105,7 +133,7 @@ def _why_not(record: BenchRecord) -> str | None:
     """Why a record says nothing to a plan, None where it does."""
     if record.fault is not None:
         return f"it failed: {record.fault}"
-    if record.benchmark not in _READ or record.median is None:
+    if record.metric is None:
         return f"benchmark {record.benchmark} measures nothing that a plan is made from"
     if record.validity.get("loss_finite") is False or record.validity.get("wrong_values"):
         return "what it computed is wrong"
@@ -142,7 +170,6 @@ def _rate_key(record: BenchRecord) -> str | None:
 
 def _of_device(machine: Machine, record: BenchRecord) -> float:
     """Ranks of a CPU node share one device, and what is written is of the whole job."""
-    assert record.median is not None
     if machine.device.kind != "cpu" or record.benchmark == "checkpoint":
         return record.median
     return record.median * len(record.hosts) / len(set(record.hosts))
@@ -154,6 +181,7 @@ def _observation(machine: Machine, best: dict[str, BenchRecord]) -> RateObservat
     return RateObservation(
         origin=", ".join(record.origin for record in best.values()),
         measured=Measured.model_validate({"matmul_flops_per_s": products, **rates}),
+        doubt=", ".join(f"{record.id} is {record.doubt}" for record in best.values() if record.doubt) or None,
     )
 
 
@@ -172,11 +200,11 @@ def plan_of(record: BenchRecord, path: Path) -> Plan:
 
 def run_of(record: BenchRecord, plan: Plan) -> RunObservation:
     """The steps of a record as those of a run."""
-    assert record.median is not None
     n_nodes = len(set(record.hosts))
     return RunObservation(
         origin=f"{record.origin}, {n_nodes} node" + ("" if n_nodes == 1 else "s"),
         work=work_of(plan.recipe),
         layout=plan.layout,
         step_time_s=record.median,
+        doubt=f"{record.id} is {record.doubt}" if record.doubt else None,
     )

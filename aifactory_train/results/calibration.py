@@ -28,6 +28,8 @@ def calibrate_file(name: str, measured: list[Path], out: Path | None) -> str:
     with storage_errors("writing the machine file", out, "give another file: --out FILE"):
         write_machine(after, out)
     lines = [render_measured(after)]
+    doubts = [*(rate.doubt for rate in rates), *(run.doubt for run in runs)]
+    lines += [f"doubtful: {doubt}; measure it again on a quiet node" for doubt in doubts if doubt]
     for precision in ("fp32", "bf16", "fp8"):
         old, new = (getattr(m.measured.step_time_ratio, precision) for m in (before, after))
         if old is not None and new is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import subprocess
 from importlib import metadata
@@ -10,6 +11,8 @@ from typing import Any
 
 from aifactory_train.machine.probe import cpu_name
 
+# Found in the environment of some sites only.
+EXTRA_PACKAGES = ("transformer_engine", "flash_attn", "torchao", "triton", "nvidia-nccl-cu12", "nvidia-nccl-cu13")
 PACKAGES = ("torch", "deepspeed", "peft", "transformers", "datasets", "tokenizers", "mpi4py", "numpy", "pydantic")
 _PACKAGE_DIR = Path(__file__).resolve().parent.parent
 # What decides a run; a changed README or a new measurement does not make the code another one.
@@ -28,6 +31,14 @@ def provenance() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu": cpu_name(),
     }
+
+
+def packages() -> dict[str, Any]:
+    """All that is installed, as one sum over sorted `name==version` lines; and versions of what makes kernels."""
+    lines = sorted({f"{found.name.lower().replace('_', '-')}=={found.version}" for found in metadata.distributions()})
+    extra = {name: version for name in EXTRA_PACKAGES if (version := _version(name)) is not None}
+    digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    return {"n_packages": len(lines), "packages_sha256": digest, "packages": extra}
 
 
 def git_sha(package_dir: Path) -> str | None:

@@ -137,7 +137,7 @@ def test_a_killed_peer_is_reported_with_both_hosts_and_the_other_pairs_are_measu
     line = [*MPIRUN, *itertools.chain.from_iterable([*part, ":"] for part in parts)][:-1]
     job = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
-        _kill_first_child(job.pid)
+        _kill_one(job.pid, b"aifactory_train.measure.pairs")
         out, _ = job.communicate(timeout=120)
     finally:
         job.kill()
@@ -149,20 +149,43 @@ def test_a_killed_peer_is_reported_with_both_hosts_and_the_other_pairs_are_measu
     assert measured == [(p, m) for p in ("n1+n2", "n1+n3") for m in ("all_reduce", "receive", "send")]
 
 
-def _kill_first_child(launcher: int) -> None:
-    """The first process below `launcher` that measures a pair, as soon as it is there."""
+def test_the_survivor_of_a_bench_on_this_node_names_the_rank_that_was_killed(tmp_path: Path) -> None:
+    suite = tmp_path / "own.yaml"
+    options = "--ops all_reduce --dtypes fp32 --max-bytes 32768 --budget-s 100 --change-frac 0.95 --timeout-s 5"
+    entry = {"program": "collectives", "scope": "job", "budget_s": 20, "cpu": options}
+    suite.write_text(json.dumps({"about": "two ranks", "programs": [entry]}))
+    command = [sys.executable, "-m", "aifactory_train", "bench", str(suite), "--machine", "local", "--cpu-ranks", "2"]
+    out = tmp_path / "out"
+    bench = subprocess.Popen(
+        [*command, "--out", str(out)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
+    )
+    try:
+        _kill_one(bench.pid, b"benchmarks/collectives.py", b"OMPI_COMM_WORLD_RANK=1", n_sockets=3)
+        said, _ = bench.communicate(timeout=120)
+    finally:
+        bench.terminate()
+    [record] = [read_record(path) for path in (out / "records").glob("*.json")]
+    assert bench.returncode == 2 and record.fault is not None, said
+    assert record.facts["missing_ranks"] == [1] and f"1 on {record.hosts[1]}" in record.fault and record.fault in said
+    assert "asked to stop" not in record.fault and (out / "failing_nodes.txt").read_text() == f"{record.hosts[1]}\n"
+
+
+def _kill_one(launcher: int, word: bytes, variable: bytes = b"", n_sockets: int = 0) -> None:
+    """The first process below `launcher` with that word, variable and number of sockets, as soon as it is there."""
     end_s = time.monotonic() + 60
     while time.monotonic() < end_s:
         for entry in Path("/proc").glob("[0-9]*"):
             try:
-                ours = b"aifactory_train.measure.pairs" in (entry / "cmdline").read_bytes()
-                if ours and launcher in _ancestors(int(entry.name)):
+                ours = word in (entry / "cmdline").read_bytes() and variable in (entry / "environ").read_bytes()
+                opened = [os.readlink(fd) for fd in (entry / "fd").iterdir()] if ours else []
+                connected = sum(name.startswith("socket:") for name in opened) >= n_sockets
+                if ours and connected and launcher in _ancestors(int(entry.name)):
                     os.kill(int(entry.name), signal.SIGKILL)
                     return
             except (OSError, ValueError):  # it has ended meanwhile
                 continue
         time.sleep(0.02)
-    pytest.fail("no process measured a pair within a minute")
+    pytest.fail(f"no process of {word.decode()} within a minute")
 
 
 def _ancestors(pid: int) -> list[int]:

@@ -7,7 +7,9 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -141,12 +143,16 @@ class Once:
         self.n_wrong = wrong()
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-def test_a_wrong_product_is_counted_and_rounding_is_not(monkeypatch, dtype):
+def load_gemm():
     spec = importlib.util.spec_from_file_location("gemm", ROOT / "benchmarks/gemm.py")
     gemm = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(gemm)
-    program, matmul = Once(), torch.matmul
+    return gemm
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_a_wrong_product_is_counted_and_rounding_is_not(monkeypatch, dtype):
+    gemm, program, matmul = load_gemm(), Once(), torch.matmul
     gemm.measure_product(program, dtype, "square", 96, 80, 300)
     assert program.n_wrong == 0
 
@@ -158,3 +164,37 @@ def test_a_wrong_product_is_counted_and_rounding_is_not(monkeypatch, dtype):
     monkeypatch.setattr(torch, "matmul", broken_matmul)
     gemm.measure_product(program, dtype, "square", 96, 80, 300)
     assert program.n_wrong == 2
+
+
+def test_a_wrong_product_of_fp8_is_counted_and_rounding_is_not(monkeypatch):
+    gemm, program, plain = load_gemm(), Once(), torch._scaled_mm
+    if gemm.why_no_fp8(program.device):
+        pytest.skip(gemm.why_no_fp8(program.device))
+    gemm.measure_fp8(program, "square", 96, 80, 304)
+    assert program.n_wrong == 0
+
+    def broken_mm(*inputs, out, **options):
+        plain(*inputs, out=out, **options)
+        out[3, 5] += out.abs().max()
+        out[7, 2] = float("nan")
+
+    monkeypatch.setattr(torch, "_scaled_mm", broken_mm)
+    gemm.measure_fp8(program, "square", 96, 80, 304)
+    assert program.n_wrong == 2
+
+
+def test_a_device_without_fp8_is_skipped_with_what_torch_says(monkeypatch):
+    gemm = load_gemm()
+
+    def refuse(*_, **__):
+        raise RuntimeError("needs compute capability 8.9\nand more")
+
+    monkeypatch.setattr(torch, "_scaled_mm", refuse)
+    written = []
+    program = Once()
+    program.options = SimpleNamespace(dtypes=["fp8"])
+    program.write = lambda cell, samples, protocol, facts: written.append((cell, samples, protocol, facts))
+    monkeypatch.setattr(gemm, "start", lambda *_: nullcontext(program))
+    gemm.main()
+    why = "no products of fp8 here: needs compute capability 8.9"
+    assert written == [({"dtype": "fp8", "init": "randn"}, {}, None, {"skipped": why})]

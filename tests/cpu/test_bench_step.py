@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import subprocess
@@ -38,7 +39,9 @@ def records(tmp_path_factory):
     commands = {
         "one": step_command(recipe, folder / "one", "--fingerprint"),
         "again": step_command(recipe, folder / "again", "--fingerprint"),
-        "two": step_command(recipe, folder / "two", "--set", "data.document_mask=false", ranks=2),
+        "two": step_command(
+            recipe, folder / "two", "--set", "data.document_mask=false", "--mllog", folder / "two.log", ranks=2
+        ),
     }
     # Threads that wait must not keep the cores busy: other tests run beside this one.
     env = {**os.environ, "OMP_WAIT_POLICY": "passive"}
@@ -49,6 +52,7 @@ def records(tmp_path_factory):
         assert done.returncode == 0 and len(paths) == 1, done.stdout + done.stderr
         found[name] = read_record(paths[0])
         if found[name].samples:
+            found[name].facts["mllog"] = path.read_text() if (path := folder / f"{name}.log").exists() else None
             found[name].facts["read"] = read_samples(paths[0].parent / found[name].samples)
     return found
 
@@ -82,6 +86,22 @@ def test_two_ranks_give_samples_of_both_and_count_each_weight_once(records):
     worst = [max(pair) for pair in zip(seconds[0], seconds[1], strict=True)]
     assert metric(record, "step_duration_seconds").max == max(worst)
     assert record.facts["window"]["seconds"] == pytest.approx(sum(worst))
+
+
+def test_lines_with_mlperfs_keys_tell_the_run_once_and_in_order(records):
+    lines = records["two"].facts["mllog"].splitlines()
+    assert all(line.startswith(":::MLLOG ") for line in lines)
+    events = [json.loads(line.removeprefix(":::MLLOG ")) for line in lines]
+    intervals = [event["key"] for event in events if event["event_type"] != "POINT_IN_TIME"]
+    order = ["init_start", "init_stop", "run_start", "block_start", "power_measurement_start", "power_measurement_stop"]
+    assert intervals == [*order, "block_stop", "run_stop"]
+    times = [event["time_ms"] for event in events]
+    assert times == sorted(times) and events[-1]["metadata"] == {"status": "success"}
+    said = {event["key"]: event["value"] for event in events}
+    layout = records["two"].facts["plan"]["layout"]
+    assert said["global_batch_size"] == 2 * layout["micro_batch_rows"] * layout["accumulation"]
+    assert said["trained_samples"] == said["global_batch_size"] * metric(records["two"], "step_duration_seconds").n
+    assert said["tensor_parallelism"] == said["expert_parallelism"] == 1 and records["one"].facts["mllog"] is None
 
 
 def test_two_runs_alike_have_one_fingerprint_and_are_a_cell_of_their_own(records):

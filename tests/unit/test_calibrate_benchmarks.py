@@ -7,8 +7,10 @@ import json
 import pytest
 
 from aifactory_train.errors import AifactoryError
+from aifactory_train.machine.load import write_machine
 from aifactory_train.machine.machine import ByDtype, Device, Host, Machine, Measured
 from aifactory_train.plan.work import work_of
+from aifactory_train.results.calibration import calibrate_file
 from aifactory_train.results.observed import load_observations
 from bench_json import a_bench_record, a_gemm
 from results_run import a_plan
@@ -88,3 +90,28 @@ def test_steps_of_a_benchmark_count_as_a_run_of_their_plan(tmp_path):
     assert "no plan of this version" in refused(
         plan.machine, write_records(tmp_path / "b", step | {"facts": {"plan": {}}})
     )
+
+
+def test_records_of_a_busy_node_are_left_out_where_a_quiet_one_measured_the_same(tmp_path):
+    restless = {"steady": False, "ci_reached": False}
+    wide = {"metrics": [{"name": "aifactory_gemm_flops_per_second", "median": 8e14, "ci95": [7e14, 9e14]}]}
+    records = [a_gemm(2e14), a_gemm(9e14, protocol=restless), a_gemm(8e14, **wide)]
+    [quiet] = load_observations(SITE, [write_records(tmp_path / "a", *records)])[0]
+    assert quiet.measured.matmul_flops_per_s.bf16 == 2e14 and quiet.doubt is None
+    elsewhere = a_gemm(9e14, protocol=restless, hosts=["n2"])
+    _, busy = load_observations(SITE, [write_records(tmp_path / "b", a_gemm(2e14), elsewhere)])[0]
+    assert busy.measured.matmul_flops_per_s.bf16 == 9e14, "nobody else measured n2"
+
+
+def test_a_calibration_with_doubtful_records_says_so(tmp_path):
+    plan = a_plan()
+    facts = {"plan": plan.model_dump(mode="json")}
+    step = a_bench_record("step", "train_step_duration_seconds", 0.25, facts=facts, protocol={"steady": False})
+    wide = a_gemm(metrics=[{"name": "aifactory_gemm_flops_per_second", "median": 8e14, "ci95": [7e14, 9e14]}])
+    _, [run] = load_observations(plan.machine, [write_records(tmp_path / "a", step)])
+    assert run.doubt == "step-1 is not steady" and "not steady" in run.origin
+    [rates] = load_observations(SITE, [write_records(tmp_path / "b", wide)])[0]
+    assert rates.doubt == "gemm-1 is known to within 12.5 %" and "known to within 12.5 %" in rates.origin
+    write_machine(SITE, tmp_path / "site.yaml")
+    told = calibrate_file(str(tmp_path / "site.yaml"), [tmp_path / "b"], tmp_path / "out.yaml")
+    assert "doubtful: gemm-1 is known to within 12.5 %; measure it again on a quiet node" in told

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
+import subprocess
+import sys
 import time
 
 from aifactory_train.measure.control import Control, Missing, build_control
@@ -80,3 +82,11 @@ def test_the_error_survives_the_way_from_a_worker_process():
     error = Missing([3], "1 of 4 ranks", "rank 0 on n1")
     assert pickle.loads(pickle.dumps(error)).ranks == [3]
     assert json.dumps(error.ranks) == "[3]"
+
+
+def test_a_start_that_hangs_outside_of_python_ends_by_an_exit_code_that_mpirun_counts():
+    hangs = "import ctypes\nwith limited_start(0.2): ctypes.PyDLL(None).sleep(60)"  # holds the lock of Python
+    code = f"from aifactory_train.measure.control import limited_start\n{hangs}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)
+    assert done.returncode == 3, done.stderr
+    assert "MPI did not start all ranks" in done.stderr and "Traceback" not in done.stderr

@@ -174,13 +174,25 @@ def test_without_nvml_the_package_to_install_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", None)
     monkeypatch.setattr(torch.version, "hip", None)
     reasons = {m.probe: m.reason for m in EnergyMeter(GPU, False).unavailable}
-    assert "pip install nvidia-ml-py" in reasons["nvml"]
+    assert "pip install 'aifactory-train[gpu]', or pip install nvidia-ml-py" in reasons["nvml"]
     assert "no GPU" in HealthMonitor(CPU).unavailable[0].reason
 
 
 def test_amds_counter_is_ticks_of_a_resolution():
     assert amdsmi_joules({"energy_accumulator": 2_000_000, "counter_resolution": 15.3}) == pytest.approx(30.6)
     assert amdsmi_joules({"power": 2_000_000, "counter_resolution": 15.3}) == pytest.approx(30.6)
+
+
+@pytest.mark.parametrize(("power_j", "found"), [(104.0, 0), (106.0, 1), (94.0, 1)])
+def test_two_methods_of_one_scope_that_disagree_are_a_warning(power_j, found):
+    one = EnergyWindow(scope="gpu", method="nvml_counter", joules=100.0, seconds=12.0)
+    other = one.model_copy(update={"method": "nvml_power", "joules": power_j})
+    node = one.model_copy(update={"scope": "node", "joules": 900.0})
+    rank = {"energy": [w.model_dump() for w in (one, other, node)], "health": None, "unavailable": []}
+    joined = join_windows([rank])
+    assert len(joined.warnings) == found and len(joined.facts().get("warnings", [])) == found
+    if found:
+        assert f"{power_j:.0f} J by nvml_power" in joined.warnings[0] and "100 J by nvml_counter" in joined.warnings[0]
 
 
 def rank_window(joules: float | None, slowed_by: list[str] | None = None) -> dict:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import chain, count, repeat
+from typing import NamedTuple
 
 import pytest
 import torch
 
 from aifactory_train.measure import timing
 from aifactory_train.measure.control import Control
-from aifactory_train.measure.timing import Limits, measure
+from aifactory_train.measure.timing import Limits, sample, warm_up
 from control_threads import run_ranks
 
 CPU = torch.device("cpu")
@@ -22,8 +23,22 @@ def script(monkeypatch: pytest.MonkeyPatch, times_s: Iterator[float]) -> None:
     monkeypatch.setattr(timing, "time_calls", lambda work, device, before, n: [next(times_s) for _ in range(n)])
 
 
-def measured(limits: Limits = LIMITS) -> timing.Samples:
-    return measure(lambda: None, CPU, limits, Control(), None)
+class Samples(NamedTuple):
+    seconds: list[float]
+    warmup_steps: int
+    steady: bool
+    ci_reached: bool
+
+
+def measure(work: timing.Work, limits: Limits, control: Control, timeout_s: float = 300.0) -> Samples:
+    """As a program does it: warm up, then sample."""
+    warmed = warm_up(work, CPU, limits, control, None, timeout_s)
+    seconds, ci_reached = sample(work, CPU, limits, control, None, warmed, timeout_s)
+    return Samples(seconds, warmed.calls, warmed.steady, ci_reached)
+
+
+def measured(limits: Limits = LIMITS) -> Samples:
+    return measure(lambda: None, limits, Control())
 
 
 def test_calls_are_discarded_until_two_windows_agree(monkeypatch):
@@ -51,13 +66,13 @@ def test_samples_are_taken_until_their_interval_is_narrow(monkeypatch):
 
 def test_a_spent_budget_leaves_enough_samples_for_an_interval():
     calls = []
-    samples = measure(lambda: calls.append(1), CPU, Limits(soak_s=0.0, budget_s=0.0), Control(), None)
+    samples = measure(lambda: calls.append(1), Limits(soak_s=0.0, budget_s=0.0), Control())
     assert len(samples.seconds) >= timing.FEWEST_SAMPLES
     assert len(calls) == samples.warmup_steps + len(samples.seconds)
 
 
 def test_the_soak_lasts_as_long_as_asked_for_and_is_not_tested_for_being_steady():
-    samples = measure(lambda: None, CPU, Limits(soak_s=0.3, budget_s=0.1), Control(), None)
+    samples = measure(lambda: None, Limits(soak_s=0.3, budget_s=0.1), Control())
     assert samples.warmup_steps > 100
 
 
@@ -79,8 +94,15 @@ def test_a_window_is_as_long_as_an_energy_counter_needs(monkeypatch):
 def test_all_ranks_make_as_many_calls_as_rank_0_decides(monkeypatch):
     def work_of(control: Control) -> tuple[int, int, bool]:
         limits = Limits(soak_s=0.0, budget_s=0.2)
-        samples = measure(lambda: None, CPU, limits, control, None, timeout_s=20.0)
+        samples = measure(lambda: None, limits, control, timeout_s=20.0)
         return samples.warmup_steps, len(samples.seconds), samples.steady
 
     first, second = run_ranks(2, work_of)
     assert first == second
+
+
+def test_windows_of_short_calls_last_a_tenth_of_a_second(monkeypatch):
+    script(monkeypatch, repeat(1e-3))
+    assert measured().warmup_steps == 10 + 200
+    script(monkeypatch, repeat(1e-6))
+    assert measured().warmup_steps == 10 + 2 * timing.CHUNK_CALLS
