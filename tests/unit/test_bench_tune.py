@@ -3,32 +3,25 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
-import yaml
 
 from aifactory_train.bench.record import Record, Validity, build_metric
-from aifactory_train.bench.tune import (
-    STEP_DURATION,
-    Candidate,
-    Tuning,
-    choose_candidates,
-    document,
-    overlay_of,
-    render_overlay,
-    render_search,
-    tune,
-)
+from aifactory_train.bench.suites import Asked, Candidate, Tuning
+from aifactory_train.bench.tune import STEP_DURATION, Round, Trial, choose_candidates, most_runs, overlay_of, replay
+from aifactory_train.bench.tuned import document, render_overlay, render_search
 from aifactory_train.errors import PlanError
 from aifactory_train.machine.load import load_machine
 from aifactory_train.plan.plan import make_plan
-from aifactory_train.recipe.load import load_recipe
+from aifactory_train.recipe.load import dump_recipe, load_recipe
 
 RECIPE = "configs/recipes/llama3-8b.yaml"
 
 
 def a_candidate(name):
-    return Candidate(name, {"layout": {"tp": 1}, "train": {"micro_batch_rows": 2}}, 1.0, 10**9)
+    overlay = {"layout": {"tp": 1}, "train": {"micro_batch_rows": 2}}
+    return Candidate(name=name, overlay=overlay, predicted_step_s=1.0, predicted_peak_bytes=10**9)
 
 
 def a_record(step_s, n, spread=0.01, **parts):
@@ -43,73 +36,105 @@ def a_record(step_s, n, spread=0.01, **parts):
     return Record(**(fields | parts))
 
 
-class Bench:
-    """Stands in for the machine: seconds a step of each candidate, or why it does not run."""
+def searched(outcomes, spread=0.01, rounds=(10, 30, 100)):
+    """The search to its end, on a machine with these seconds a step, records, or reasons not to run; and its runs.
 
-    def __init__(self, outcomes, spread=0.01):
-        self.outcomes, self.spread, self.asked = outcomes, spread, []
+    A pair stands for what comes out at first, and what later.
+    """
+    candidates, found, asked = [a_candidate(name) for name in outcomes], {}, []
 
-    def __call__(self, candidate, n_steps):
-        self.asked.append((candidate.name, n_steps))
-        outcome = self.outcomes[candidate.name]
-        return outcome if isinstance(outcome, str | Record) else a_record(outcome, n_steps, self.spread)
+    def outcome_of(run):
+        return found.get((run.candidate.name, run.round.n_steps))
+
+    while wanted := (search := replay(candidates, outcome_of, [Round(n, 0.05) for n in rounds])).wanted:
+        for run in wanted:
+            name = run.candidate.name
+            outcome = outcomes[name]
+            if isinstance(outcome, tuple):
+                outcome = outcome[name in [n for n, _ in asked]]
+            asked.append((name, run.round.n_steps))
+            made = outcome if isinstance(outcome, str | Record) else a_record(outcome, run.round.n_steps, spread)
+            found[name, run.round.n_steps] = made
+    return search, asked
 
 
-def searched(outcomes, spread=0.01):
-    bench, candidates = Bench(outcomes, spread), [a_candidate(name) for name in outcomes]
-    return bench, candidates, tune(candidates, bench, rounds=(10, 30, 100))
+def stopped(search):
+    return {trial.candidate.name: trial.stopped for trial in search.trials}
 
 
 def test_the_fastest_wins_and_what_is_clearly_slower_gets_one_short_round():
-    bench, candidates, best = searched({"slow": 2.0, "fast": 1.0, "slower": 3.0})
-    assert best.name == "fast" and best.stopped is None
-    assert bench.asked == [("slow", 10), ("fast", 10), ("slower", 10), ("fast", 100)]
-    assert "slower in round 1: 1.99" in candidates[0].stopped and "the best 0.99" in candidates[0].stopped
-    assert best.measured.n == 100, "the number that is reported is of the longest round"
+    search, asked = searched({"slow": 2.0, "fast": 1.0, "slower": 3.0})
+    assert search.best.candidate.name == "fast" and search.best.stopped is None
+    assert asked == [("slow", 10), ("fast", 10), ("slower", 10), ("fast", 100)]
+    said = stopped(search)["slow"]
+    assert "slower in round 1: 1.99" in said and "the best 0.99" in said
+    assert search.best.measured.n == 100, "the number that is reported is of the longest round"
 
 
 def test_candidates_that_cannot_be_told_apart_are_halved_and_the_end_says_so():
-    bench, candidates, best = searched({"a": 1.00, "b": 1.01, "c": 1.02, "d": 1.03}, spread=0.5)
-    assert [n for _, n in bench.asked] == [10, 10, 10, 10, 30, 30, 100]
-    assert best.name == "a"
-    assert candidates[3].stopped == "place 4 of 4 after round 1; the first 2 went on"
-    bench, candidates, best = searched({"a": 1.00, "b": 1.01}, spread=0.5)
-    assert [c.stopped is None for c in candidates] == [True, False]
+    search, asked = searched({"a": 1.00, "b": 1.01, "c": 1.02, "d": 1.03}, spread=0.5)
+    assert [n for _, n in asked] == [10, 10, 10, 10, 30, 30, 100]
+    assert len(asked) <= most_runs(4, 3)
+    assert search.best.candidate.name == "a"
+    assert stopped(search)["d"] == "place 4 of 4 after round 1; the first 2 went on"
+    assert stopped(searched({"a": 1.00, "b": 1.01}, spread=0.5)[0])["a"] is None
 
 
 def test_finalists_with_overlapping_intervals_are_not_said_to_be_slower():
-    candidates = [a_candidate("a"), a_candidate("b")]
-    best = tune(candidates, Bench({"a": 1.01, "b": 1.0}, spread=0.5), rounds=(20,))
-    assert best.name == "b" and "as fast as far as 20 steps can tell" in candidates[0].stopped
+    search, _ = searched({"a": 1.01, "b": 1.0}, spread=0.5, rounds=(20,))
+    assert search.best.candidate.name == "b" and "as fast as far as 20 steps can tell" in stopped(search)["a"]
+
+
+def test_a_search_that_was_broken_off_asks_for_what_it_lacks_and_comes_to_the_same_end():
+    candidates, short, long = [a_candidate(name) for name in "ab"], Round(10, 0.05), Round(100, 0.01)
+    found = {("a", short): a_record(2.0, 10)}
+
+    def search_now():
+        return replay(candidates, lambda run: found.get((run.candidate.name, run.round)), [short, long])
+
+    search = search_now()
+    assert [(run.candidate.name, run.round) for run in search.wanted] == [("b", short)] and search.best is None
+    found |= {("b", short): a_record(1.0, 10), ("b", long): a_record(1.0, 100)}
+    search = search_now()
+    assert search.wanted == [] and search.best.candidate.name == "b"
 
 
 def test_what_runs_out_of_memory_or_is_refused_is_kept_with_its_reason_and_not_run_again():
     fault = "the step does not fit on cuda:0: out of memory"
-    bench, candidates, best = searched(
-        {"large": a_record(1.0, 8, metrics=[], fault=fault), "refused": "no compiler", "ok": 2.0}
-    )
-    assert best.name == "ok"
-    assert [c.stopped for c in candidates] == [fault, "no compiler", None]
-    assert [name for name, _ in bench.asked].count("large") == 1
-    report = render_search(Tuning("r", "m", candidates, best))
-    assert fault in report and "not measured" in report and "**best**" in report
+    search, asked = searched({"large": a_record(1.0, 8, metrics=[], fault=fault), "refused": "no compiler", "ok": 2.0})
+    assert search.best.candidate.name == "ok"
+    assert list(stopped(search).values()) == [fault, "no compiler", None]
+    assert [name for name, _ in asked].count("large") == 1
+    page = render_search(ASKED, TUNING, search)
+    assert fault in page and "not measured" in page and "**best**" in page
+
+
+def test_when_the_last_one_fails_the_next_best_takes_its_place():
+    search, asked = searched({"fast": (1.0, "killed after 600 s"), "slow": 2.0, "slower": 3.0})
+    assert search.best.candidate.name == "slow" and search.best.measured.n == 100
+    assert stopped(search)["fast"] == "killed after 600 s"
+    assert asked[-2:] == [("fast", 100), ("slow", 100)]
+    search, _ = searched({"a": (1.0, "gone"), "b": (2.0, "gone")})
+    assert search.best is None and search.wanted == []
 
 
 def test_a_fast_candidate_whose_loss_is_not_finite_does_not_win():
     broken = a_record(0.5, 10, validity=Validity(loss_finite=False))
-    _, candidates, best = searched({"broken": broken, "ok": 1.0})
-    assert best.name == "ok" and candidates[0].stopped == "its loss was not finite"
+    search, _ = searched({"broken": broken, "ok": 1.0})
+    assert search.best.candidate.name == "ok" and stopped(search)["broken"] == "its loss was not finite"
+
+
+TUNING = Tuning(recipe="/recipes/r.yaml", sets=[], text="name: r\n", n_layouts=2, candidates=[])
+ASKED = Asked(suite="train", machine="m", nodes=1, cells=[], tuning=TUNING)
 
 
 def test_where_nothing_ran_there_is_no_best_and_the_report_says_why():
-    _, candidates, best = searched({"a": "no route to host", "b": "out of memory"})
-    assert best is None
-    tuning = Tuning("r", "m", candidates, best)
-    assert document(tuning)["best"] is None
-    assert [c["stopped"] for c in json.loads(json.dumps(document(tuning)))["candidates"]] == [
-        "no route to host",
-        "out of memory",
-    ]
+    search, _ = searched({"a": "no route to host", "b": "out of memory"})
+    assert search.best is None
+    read = json.loads(json.dumps(document(ASKED, TUNING, search)))
+    assert read["best"] is None and read["finished"]
+    assert [c["stopped"] for c in read["candidates"]] == ["no route to host", "out of memory"]
+    assert "No candidate ran." in render_search(ASKED, TUNING, search)
 
 
 @pytest.fixture(scope="module")
@@ -132,20 +157,38 @@ def test_a_candidates_overrides_and_its_overlay_make_exactly_its_layout(chosen, 
         planned = make_plan(load_recipe(RECIPE, candidate.sets()), machine, 4)
         assert overlay_of(planned.layout) == candidate.overlay
         assert planned.predicted.total_step_time_s == candidate.predicted_step_s
-    best = chosen[-1]
-    best.rounds.append(a_record(1.0, 100).metrics[0])
-    path = tmp_path / "tuned.yaml"
-    base = load_recipe(RECIPE)
-    path.write_text(render_overlay(best, str(tmp_path / "base.yaml"), ["optim.lr=1e-4"]))
-    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base.model_dump(mode="json")))
-    tuned = load_recipe(path)
-    assert tuned.optim.lr == 1e-4, "what the user gave on the command line is part of what was tuned"
-    assert overlay_of(make_plan(tuned, machine, 4).layout) == best.overlay
+
+
+def tuned(folder, candidate, sets):
+    """The overlay for a candidate of RECIPE, as a recipe."""
+    text = dump_recipe(load_recipe(RECIPE, sets))
+    tuning = Tuning(recipe=RECIPE, sets=sets, text=text, n_layouts=1, candidates=[candidate])
+    best = Trial(candidate, [a_record(1.0, 100).metrics[0]])
+    path = folder / "tuned.yaml"
+    path.write_text(render_overlay(tuning, best, str(Path(RECIPE).resolve())))
+    return load_recipe(path)
+
+
+def test_an_overlay_has_the_users_own_overrides_and_exactly_the_layout(chosen, tmp_path):
+    machine = load_machine("jupiter-booster")
+    for candidate in chosen:
+        recipe = tuned(tmp_path, candidate, ["optim.lr=1e-4", "train.seed=7"])
+        assert (recipe.optim.lr, recipe.train.seed) == (1e-4, 7)
+        assert overlay_of(make_plan(recipe, machine, 4).layout) == candidate.overlay
+        given = load_recipe(RECIPE, ["optim.lr=1e-4", "train.seed=7", *candidate.sets()])
+        assert recipe == given
+
+
+def test_an_override_of_an_entry_of_a_list_comes_with_the_whole_list(chosen, tmp_path):
+    sources = load_recipe(RECIPE).data.sources
+    recipe = tuned(tmp_path, chosen[0], ["data.sources.0.weight=2.5"])
+    assert [source.name for source in recipe.data.sources] == [source.name for source in sources]
+    assert recipe.data.sources[0].weight == 2.5
 
 
 def test_a_candidate_is_run_by_the_step_benchmark_with_its_overrides():
-    assert a_candidate("a").step_options(30) == [
-        "--steps", "30", "--set", "layout.tp=1", "--set", "train.micro_batch_rows=2",
+    assert a_candidate("a").step_options(30, 0.05) == [
+        "--steps", "30", "--change-frac", "0.05", "--set", "layout.tp=1", "--set", "train.micro_batch_rows=2",
     ]  # fmt: skip
 
 
@@ -163,11 +206,11 @@ def test_what_the_recipe_fixes_is_not_tuned():
     def load(sets):
         return load_recipe(RECIPE, ["layout.tp=2", "train.micro_batch_rows=1", *sets])
 
-    found = choose_candidates(load, load_machine("jupiter-booster"), 4, 1)
+    found = choose_candidates(load, load_machine("jupiter-booster"), 4, 1, 4)
     assert found
     assert {(c.overlay["layout"]["tp"], c.overlay["train"]["micro_batch_rows"]) for c in found} == {(2, 1)}
 
 
 def test_a_recipe_that_does_not_fit_at_all_is_refused_as_plan_does():
     with pytest.raises(PlanError):
-        choose_candidates(lambda sets: load_recipe(RECIPE, sets), load_machine("h200-node"), 1, 1)
+        choose_candidates(lambda sets: load_recipe(RECIPE, sets), load_machine("h200-node"), 1, 1, 4)
