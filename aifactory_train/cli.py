@@ -87,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     calibrate.add_argument("--out", type=a_path, metavar="FILE", help="file to write (default NAME-measured.yaml)")
     add_bench_options(verb("bench", "a suite of benchmarks: here, or by Slurm on nodes of a machine", bench))
-    add_bench_job_options(verb("bench-job", "what the batch script of a bench runs: begin, end", bench_job))
+    add_bench_job_options(verb("bench-job", "what the batch script of a bench runs: begin, next, end", bench_job))
     add_sample_options(verb("sample", "text by the exported model, through plain transformers", _sample))
     return parser
 

@@ -69,6 +69,13 @@ def add_job_options(launch: argparse.ArgumentParser) -> None:
     launch.add_argument("--dry-run", action="store_true", help="print the command and the script; submit nothing")
 
 
+def add_tune_options(bench: argparse.ArgumentParser) -> None:
+    bench.add_argument("--tune", action="store_true", help="search the fastest layout of a recipe; with train alone")
+    bench.add_argument("--recipe", type=a_path, metavar="FILE", help="what is tuned: that which it leaves on auto")
+    bench.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override of that recipe")
+    bench.add_argument("--layouts", type=int, metavar="K", help="so many, with up to 3 micro-batches each (default 4)")
+
+
 def add_attempt_verb(attempt: argparse.ArgumentParser) -> None:
     what = attempt.add_subparsers(dest="what", required=True, metavar="WHAT")
     begin = what.add_parser("begin", help="make plan and attempt folder; prints the folder, or nothing if all is done")

@@ -13,7 +13,8 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
-from aifactory_train.bench.finish import finish, forget_faults
+from aifactory_train.bench.finish import finish
+from aifactory_train.bench.rounds import Wish, begin_cells, build_tuning, longest_s, next_cells
 from aifactory_train.bench.suites import (
     Asked,
     Cell,
@@ -21,13 +22,14 @@ from aifactory_train.bench.suites import (
     Suite,
     build_asked,
     cell_words,
-    cells_to_run,
-    check_folder,
     check_nodes,
+    join_folder,
     load_asked,
     machine_file,
+    recipe_file,
     write_asked,
 )
+from aifactory_train.bench.tuned import tell_candidates
 from aifactory_train.errors import PlanError, RunFolderError, storage_errors
 from aifactory_train.hostlist import expand
 from aifactory_train.launch.checks import JobOptions, job_faults, refuse_job_options
@@ -49,7 +51,13 @@ _DO_FOLDER = "free space or get the permission there, or give another folder: --
 
 
 def launch_bench(
-    suite: Suite, machine: Machine, n_nodes: int | None, cpu_ranks: int, out: Path | None, options: JobOptions
+    suite: Suite,
+    machine: Machine,
+    n_nodes: int | None,
+    cpu_ranks: int,
+    out: Path | None,
+    options: JobOptions,
+    wish: Wish | None = None,
 ) -> int:
     """Run a suite on this node, or submit it where the machine has Slurm. Returns the exit code.
 
@@ -57,6 +65,7 @@ def launch_bench(
         n_nodes: None for the fewest that the suite takes.
         cpu_ranks: ranks of a program with one per device, where the machine has neither GPU nor Slurm.
         out: bench folder, None for a new one below bench-results/.
+        wish: what to tune with the step program of the suite, in the place of all its programs.
     """
     n_nodes = suite.least_nodes if n_nodes is None else n_nodes
     if machine.slurm is None and n_nodes != 1:
@@ -67,12 +76,16 @@ def launch_bench(
         )
     check_nodes(suite, n_nodes)
     free_ranks = machine.slurm is None and machine.device.kind == "cpu"
-    asked = build_asked(suite, machine, n_nodes, cpu_ranks if free_ranks else machine.device.per_node)
+    per_node = cpu_ranks if free_ranks else machine.device.per_node
+    if wish is None:
+        asked = build_asked(suite, machine, n_nodes, per_node)
+    else:
+        asked = build_tuning(suite, machine, n_nodes, per_node, wish)
     stamp = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
     folder = (out or Path("bench-results") / f"{suite.name}-{machine.name}-{stamp}").absolute()
     if machine.slurm is None:
         refuse_job_options(options)
-        check_folder(asked, folder)
+        asked = join_folder(asked, folder)
         if options.dry_run:
             print(_local_text(asked, machine, folder))
             return 0
@@ -96,10 +109,11 @@ def _submit(asked: Asked, machine: Machine, folder: Path, options: JobOptions) -
             where=f"suite {asked.suite} on {asked.nodes} node(s) of machine {machine.name}",
             do="mend the lines above and try again; nothing was submitted",
         )
-    check_folder(asked, folder)
+    asked = join_folder(asked, folder)
     if options.dry_run:
         cells = [shlex.join(["python", *cell_words(cell, asked, folder)]) for cell in asked.cells]
-        lines = ["would be submitted by:", shlex.join(command), "and would run:", *cells, *asked.left_out]
+        lines = ["would be submitted by:", shlex.join(command), *_candidates(asked), "and would run:", *cells]
+        lines += asked.left_out
         return "\n".join(f"# {line}" for line in lines)
     with storage_errors("writing the bench folder", folder, _DO_FOLDER):
         _write_folder(asked, machine, folder)
@@ -115,8 +129,7 @@ def _submit(asked: Asked, machine: Machine, folder: Path, options: JobOptions) -
 
 def _time_s(asked: Asked, machine: Machine, options: JobOptions) -> int:
     """Enough for every cell to hang until its time-out, within what the partition allows."""
-    needed_s = sum(cell.timeout_s for cell in asked.cells) + AROUND_S
-    return min(default_time_s(machine, options), int(needed_s))
+    return min(default_time_s(machine, options), int(longest_s(asked) + AROUND_S))
 
 
 def begin_job(folder: Path, node_list: str) -> list[str]:
@@ -134,8 +147,16 @@ def begin_job(folder: Path, node_list: str) -> list[str]:
     with storage_errors("writing the bench folder", folder, _DO_FOLDER):
         write_asked(asked, folder)
         (folder / "logs").mkdir(exist_ok=True)
-    todo = cells_to_run(asked, folder)
-    forget_faults(todo, folder)
+        return _lines(*begin_cells(asked, folder), folder)
+
+
+def go_on_job(folder: Path) -> list[str]:
+    """As `begin_job`, when all of those have been run: a line for each cell of the next round, none after the last."""
+    with storage_errors("writing the bench folder", folder, _DO_FOLDER):
+        return _lines(*next_cells(load_asked(folder), folder), folder)
+
+
+def _lines(asked: Asked, todo: list[Cell], folder: Path) -> list[str]:
     return [
         "\t".join(
             [
@@ -150,8 +171,14 @@ def begin_job(folder: Path, node_list: str) -> list[str]:
 
 def _write_folder(asked: Asked, machine: Machine, folder: Path) -> None:
     (folder / "logs").mkdir(parents=True, exist_ok=True)
+    if asked.tuning is not None:
+        write_atomic(recipe_file(folder), asked.tuning.text)
     write_asked(asked, folder)
     write_machine(machine, machine_file(asked, folder))
+
+
+def _candidates(asked: Asked) -> list[str]:
+    return [] if asked.tuning is None else tell_candidates(asked.tuning)
 
 
 def _run_here(asked: Asked, machine: Machine, folder: Path) -> int:
@@ -161,16 +188,17 @@ def _run_here(asked: Asked, machine: Machine, folder: Path) -> int:
     )
     with storage_errors("writing the bench folder", folder, _DO_FOLDER), hold(folder, busy):
         _write_folder(asked, machine, folder)
-        todo = cells_to_run(asked, folder)
-        forget_faults(todo, folder)
+        asked, todo = begin_cells(asked, folder)
         print(f"bench {folder}: {len(todo)} of {len(asked.cells)} programs to run")
-        for line in asked.left_out:
-            print(f"left out: {line}")
+        for line in [*_candidates(asked), *(f"left out: {line}" for line in asked.left_out)]:
+            print(line)
         # A SIGTERM, as of `timeout` or CI, would leave the ranks behind: it ends us as Ctrl-C does.
         before = {n: signal.signal(n, signal.default_int_handler) for n in (signal.SIGTERM, signal.SIGHUP)}
         try:
-            for cell in todo:
-                _run_cell(cell, _local_command(cell, asked, machine, folder), machine, folder)
+            while todo:
+                for cell in todo:
+                    _run_cell(cell, _local_command(cell, asked, machine, folder), machine, folder)
+                asked, todo = next_cells(asked, folder)
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -183,12 +211,14 @@ def _threads(machine: Machine, cell: Cell) -> int:
 
 def _local_command(cell: Cell, asked: Asked, machine: Machine, folder: Path) -> list[str]:
     program = [sys.executable, *cell_words(cell, asked, folder)]
-    return program if cell.ranks_per_node == 1 else mpirun_command(machine, cell.ranks_per_node, program)
+    if cell.ranks_per_node == 1:
+        return program
+    return mpirun_command(machine, cell.ranks_per_node, program, outlive=True)
 
 
 def _local_text(asked: Asked, machine: Machine, folder: Path) -> str:
-    """What would be run, so that it can be typed by hand."""
-    lines = []
+    """What would be run, so that it can be typed by hand; of a tuning the first round."""
+    lines = [f"# {line}" for line in _candidates(asked)]
     for cell in asked.cells:
         lines.append(f"# {cell.program}, killed after {cell.timeout_s:.0f} s")
         lines += [f"export {v.name}={shlex.quote(v.value)}" for v in local_variables(machine, _threads(machine, cell))]

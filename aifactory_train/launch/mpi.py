@@ -32,9 +32,16 @@ def find_mpirun(machine: Machine) -> str:
     return found
 
 
-def mpirun_command(machine: Machine, n_ranks: int, program: list[str]) -> list[str]:
-    """One rank per device on this node, not bound: the ranks set their own number of threads."""
+def mpirun_command(machine: Machine, n_ranks: int, program: list[str], *, outlive: bool = False) -> list[str]:
+    """One rank per device on this node, not bound: the ranks set their own number of threads.
+
+    Args:
+        outlive: ranks go on when a signal has killed one, so that they can say which. Their exit code is that of
+            mpirun, which counts none that a signal has killed: 0 where that was all of them.
+    """
     command = [find_mpirun(machine), "-n", str(n_ranks), "--oversubscribe", "--bind-to", "none"]
     if os.geteuid() == 0:
         command.append("--allow-run-as-root")
+    if outlive:
+        command.append("--continuous")
     return command + program
