@@ -51,17 +51,8 @@ ONLY_IN = {
     "peft": {"models/lora.py"},
 }
 TORCH_NEVER = {
-    "errors",
-    "units",
-    "rundir",
-    "strictyaml",
-    "hostlist",
-    "recipe",
-    "machine",
-    "plan",
-    "launch",
-    "results",
-    "bench",
+    *("errors", "units", "rundir", "strictyaml", "hostlist"),
+    *("recipe", "machine", "plan", "launch", "results", "bench"),
 }
 TORCH_LAZILY = {"data", "cli"}
 

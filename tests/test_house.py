@@ -17,20 +17,7 @@ import house_rules as rules
 
 ROOT = Path(__file__).resolve().parent.parent
 LOOP = "aifactory_train/train/loop.py"
-FLOORS_WITHOUT_TORCH = (
-    "errors",
-    "units",
-    "rundir",
-    "strictyaml",
-    "hostlist",
-    "recipe",
-    "machine",
-    "plan",
-    "launch",
-    "results",
-    "bench",
-    "data",
-)
+FLOORS_WITHOUT_TORCH = (*rules.TORCH_NEVER, "data")
 
 SUFFIXES = (".py", ".yaml", ".sh", ".sbatch", ".j2")
 Checker = Callable[[str, str], Iterator[str]]

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from aifactory_train.bench.fingerprints import SHOWN_DIGITS, odd_results
 from aifactory_train.bench.judge import judge_whole
 from aifactory_train.bench.paired import MIN_BLOCKS, RESAMPLES, Ratio, ratio_of_medians
 from aifactory_train.bench.record import Metric, Record, Verdict, cell_key, read_record, read_samples
-from aifactory_train.bench.references import default_tolerance_frac
+from aifactory_train.bench.references import Setting, default_tolerance_frac, nodes_of, setting_of
 from aifactory_train.bench.store import load_records
 from aifactory_train.errors import RunFolderError
-from aifactory_train.hostlist import compress
 from aifactory_train.units import format_difference, format_quantity
 
 # Of provenance: what differs in every run and explains nothing.
@@ -46,7 +46,10 @@ class Change(NamedTuple):
 
 
 class Comparison(NamedTuple):
+    """fingerprints: a sentence for each cell that has one on both sides."""
+
     rows: list[Row]
+    fingerprints: list[str]
     only_a: list[str]
     only_b: list[str]
     changed: list[Change]
@@ -70,9 +73,11 @@ def build_comparison(a: Path, b: Path) -> Comparison:
     by_host = {_key(r, True) for r, _ in all_a} & {_key(r, True) for r, _ in all_b}
     cells_by_host = {key.partition(" on ")[0] for key in by_host}
     side_a, side_b = _group(all_a, cells_by_host), _group(all_b, cells_by_host)
-    rows = [row for key in side_a if key in side_b for row in _compare_cell(key, side_a[key], side_b[key])]
+    odd = odd_results([*(r for r, _ in all_a), *(r for r, _ in all_b)])
+    both = [(key, side_a[key], side_b[key]) for key in side_a if key in side_b]
     return Comparison(
-        rows=rows,
+        rows=[row for key, a_of_key, b_of_key in both for row in _compare_cell(key, a_of_key, b_of_key, odd)],
+        fingerprints=[line for of_key in both for line in _compare_fingerprints(*of_key)],
         only_a=[key for key in side_a if key not in side_b],
         only_b=[key for key in side_b if key not in side_a],
         changed=changed_provenance([r for r, _ in all_a], [r for r, _ in all_b]),
@@ -104,7 +109,7 @@ def _samples(record: Record, folder: Path) -> dict[str, list[float]]:
 
 
 def _key(record: Record, by_host: bool) -> str:
-    return f"{cell_key(record)} on {compress(sorted(set(record.hosts)))}" if by_host else cell_key(record)
+    return f"{cell_key(record)} on {nodes_of(record)}" if by_host else cell_key(record)
 
 
 def _group(loaded: Sequence[tuple[Record, dict[str, list[float]]]], cells_by_host: set[str]) -> dict[str, Side]:
@@ -116,8 +121,8 @@ def _group(loaded: Sequence[tuple[Record, dict[str, list[float]]]], cells_by_hos
     return {key: Side(records, by_id) for key, (records, by_id) in sides.items()}
 
 
-def _compare_cell(key: str, a: Side, b: Side) -> list[Row]:
-    whole = _whole(a, b)
+def _compare_cell(key: str, a: Side, b: Side, odd: Mapping[str, str]) -> list[Row]:
+    whole = _whole(a, b, odd)
     rows = []
     metrics_b = {metric.name: metric for record in b.records for metric in record.metrics}
     for metric in {m.name: m for record in a.records for m in record.metrics}.values():
@@ -138,8 +143,12 @@ def _compare_cell(key: str, a: Side, b: Side) -> list[Row]:
     return rows
 
 
-def _whole(a: Side, b: Side) -> tuple[Verdict, str] | None:
-    """What keeps two sides from being compared at all."""
+def _whole(a: Side, b: Side, odd: Mapping[str, str]) -> tuple[Verdict, str] | None:
+    """What keeps two sides from being compared at all; a wrong result before one that is not steady."""
+    for name, side in (("A", a), ("B", b)):
+        for record in side.records:
+            if record.id in odd:
+                return "invalid", f"{name}: {odd[record.id]}"
     for name, side in (("A", a), ("B", b)):
         for record in side.records:
             found = judge_whole(record)
@@ -149,6 +158,25 @@ def _whole(a: Side, b: Side) -> tuple[Verdict, str] | None:
     if len(counts) > 1:
         return "invalid", f"models of {' and '.join(str(n) for n in sorted(n for n in counts if n))} parameters"
     return None
+
+
+def _compare_fingerprints(key: str, a: Side, b: Side) -> list[str]:
+    """Whether both sides compute the same, and whether they should. Nodes that are wrong have a row of their own."""
+    values = [{record.validity.fingerprint for record in side.records} for side in (a, b)]
+    if {None} in values:
+        return []
+    told = [" and ".join(sorted(str(value)[:SHOWN_DIGITS] for value in of_side)) for of_side in values]
+    if values[0] == values[1]:
+        return [f"fingerprint of {key}: {told[0]} in A and B"]
+    settings = [[setting_of(record) for record in side.records] for side in (a, b)]
+    differ = [name for name in ("sku", "stack", "recipe", "code") if _differ(settings, name)]
+    why = f"{', '.join(differ)} differ, so they may" if differ else "nothing else differs, so that is silent corruption"
+    return [f"fingerprint of {key}: A {told[0]}, B {told[1]}; {why}"]
+
+
+def _differ(settings: Sequence[Collection[Setting]], name: str) -> bool:
+    first, second = ({getattr(setting, name) for setting in of_side} for of_side in settings)
+    return first != second
 
 
 def _blocks(side: Side, metric: str) -> list[list[float]]:
@@ -234,6 +262,7 @@ def render_comparison(comparison: Comparison) -> str:
         lines += [f"  {line}" for line in _row_lines(row)]
     for name, keys in (("A", comparison.only_a), ("B", comparison.only_b)):
         lines += [f"only in {name}: {key}" for key in keys]
+    lines += comparison.fingerprints
     lines += [f"changed {change.key}: A {change.a} | B {change.b}" for change in comparison.changed]
     counts: dict[str, int] = {}
     for row in comparison.rows:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from aifactory_train import units
 from aifactory_train.bench.cells import DASH, Read, host_of, labels, metric_of, short_name, short_names, words
+from aifactory_train.bench.energy import joules_per_token
 from aifactory_train.bench.plots import (
     MAX_LINES,
     Axis,
@@ -22,16 +23,17 @@ from aifactory_train.bench.plots import (
     log_axis,
 )
 from aifactory_train.bench.record import Metric, Record
-from aifactory_train.bench.scaling import Efficiency, estimate_efficiency
+from aifactory_train.bench.scaling import (
+    Efficiency,
+    Scaling,
+    estimate_scaling,
+)
 from aifactory_train.bench.statistics import outlier_nodes
 
 TOKENS_PER_S = "aifactory_train_tokens_per_second"
-TOKENS_PER_S_PER_DEVICE = "aifactory_train_tokens_per_second_per_gpu"
 
 MAX_BOX_PLOTS = 6
 MAX_NODES_DRAWN = 24
-# What changes of itself when a job gets more nodes.
-SIZE_KEYS = ("nodes", "devices", "ranks", "gbs_tokens", "layout")
 
 
 class Nodes(NamedTuple):
@@ -113,34 +115,34 @@ def _beside(host: str, medians: Mapping[str, float], metric: Metric) -> tuple[fl
     return by_frac, f"{own}, {units.format_fraction(by_frac)} worse than the median of the other nodes, {rest}"
 
 
-class Scaling(NamedTuple):
+class ScalingPlot(NamedTuple):
     plot: Plot
     rows: list[tuple[int, str, str, str, int]]  # nodes, rate per device, efficiency, interval, samples
     base: str
 
 
-def build_scaling(records: Sequence[Record], read: Read) -> list[Scaling]:
+def build_scaling(records: Sequence[Record], read: Read) -> list[ScalingPlot]:
     """Cells of the step that differ in the number of nodes only, as weak and as strong scaling."""
-    found = []
-    for (mode, cell), rates in _scaled(records, read).items():
-        results = estimate_efficiency(rates)
-        least = results[0].nodes
-        x, y = log_axis([float(size) for size in rates], 2, tight=True), _efficiency_axis(results)
-        plot = build_plot(
-            f"{mode} scaling",
-            [Curve("measured", [(float(r.nodes), r.ratio) for r in results])],
-            (x, lambda nodes: f"{nodes:g} node" + ("s" if nodes > 1 else "")),
-            (y, units.format_fraction),
-            note=cell,
-            about="scaling efficiency over the number of nodes",
-            levels={f"as on {least} node" + ("s" if least > 1 else ""): 1.0},
-            dots=[(float(r.nodes), r.ratio, "", f"{r.nodes} nodes") for r in results],
-            intervals=[(float(r.nodes), *r.interval) for r in results if r.interval],
-        )
-        base = f"Efficiency is the rate per device over that on {least} node{'s' if least > 1 else ''} (N0 = {least}); "
-        base += "95 % intervals by block bootstrap over steps."
-        found.append(Scaling(plot, [_scaling_row(r) for r in results], base))
-    return found
+    return [_scaling_plot(scaling) for scaling in estimate_scaling(records, read)]
+
+
+def _scaling_plot(scaling: Scaling) -> ScalingPlot:
+    sizes, least = scaling.sizes, scaling.sizes[0].nodes
+    x, y = log_axis([float(r.nodes) for r in sizes], 2, tight=True), _efficiency_axis(sizes)
+    plot = build_plot(
+        f"{scaling.mode.capitalize()} scaling",
+        [Curve("measured", [(float(r.nodes), r.ratio) for r in sizes])],
+        (x, lambda nodes: f"{nodes:g} node" + ("s" if nodes > 1 else "")),
+        (y, units.format_fraction),
+        note=scaling.cell,
+        about="scaling efficiency over the number of nodes",
+        levels={f"as on {least} node" + ("s" if least > 1 else ""): 1.0},
+        dots=[(float(r.nodes), r.ratio, "", f"{r.nodes} nodes") for r in sizes],
+        intervals=[(float(r.nodes), *r.interval) for r in sizes if r.interval],
+    )
+    base = f"Efficiency is the rate per device over that on {least} node{'s' if least > 1 else ''} (N0 = {least}); "
+    base += "95 % intervals by block bootstrap over steps."
+    return ScalingPlot(plot, [_scaling_row(r) for r in sizes], base)
 
 
 def _efficiency_axis(results: Sequence[Efficiency]) -> Axis:
@@ -151,32 +153,6 @@ def _scaling_row(result: Efficiency) -> tuple[int, str, str, str, int]:
     spread = DASH if result.interval is None else " to ".join(units.format_fraction(end) for end in result.interval)
     rate = units.format_rate(result.rate_per_s, "tokens")
     return result.nodes, rate, units.format_fraction(result.ratio), spread, result.n
-
-
-def _scaled(records: Sequence[Record], read: Read) -> dict[tuple[str, str], dict[int, list[float]]]:
-    """(mode, rest of the cell) -> nodes -> rates per device of the slowest rank, where there are two sizes or more."""
-    groups: dict[tuple[str, str, float], dict[int, list[float]]] = {}
-    for record in records:
-        by_rank, nodes, tokens = (
-            read(record).get(TOKENS_PER_S_PER_DEVICE),
-            record.cell.get("nodes"),
-            record.cell.get("gbs_tokens"),
-        )
-        if not by_rank or not isinstance(nodes, int):
-            continue
-        rest = words({key: value for key, value in record.cell.items() if key not in SIZE_KEYS})
-        rest = ", ".join(filter(None, (rest, _layout_beside_size(str(record.cell.get("layout", ""))))))
-        rates = [min(of_all) for of_all in zip(*by_rank.values(), strict=False)]
-        # A batch that grows with the nodes and one that stays share their smallest cell.
-        for mode, size in (("Weak", float(tokens or 0) / nodes), ("Strong", float(tokens or 0))):
-            groups.setdefault((mode, rest, size), {}).setdefault(nodes, []).extend(rates)
-    return {(mode, rest): rates for (mode, rest, _), rates in groups.items() if len(rates) > 1}
-
-
-def _layout_beside_size(layout: str) -> str:
-    """ "dp_shard 8, tp 4, 2 x 1 rows" -> "tp 4, 1 rows": data parallel degrees and accumulation follow the nodes."""
-    parts = [part for part in layout.split(", ") if part and not part.startswith("dp_")]
-    return ", ".join(part.split(" x ")[-1] if part.endswith(" rows") else part for part in parts)
 
 
 class EnergyRow(NamedTuple):
@@ -207,10 +183,12 @@ def build_energy(records: Sequence[Record]) -> Energy | None:
         shown = units.format_rate(rate, "tokens")
         for window in record.energy:
             power_w = window.joules / window.seconds
-            points.setdefault(window.scope, []).append((label, rate, power_w / rate))
-            energy = units.format_quantity(window.joules, "J")
-            power, per_token = units.format_watts(power_w), units.format_quantity(power_w / rate, "J/token")
-            rows.append(EnergyRow(label, shown, f"{window.scope}, {window.method}", power, energy, per_token))
+            energy, power = units.format_quantity(window.joules, "J"), units.format_watts(power_w)
+            per_token = joules_per_token(record, window)
+            told = DASH if per_token is None else units.format_quantity(per_token, "J/token")
+            rows.append(EnergyRow(label, shown, f"{window.scope}, {window.method}", power, energy, told))
+            if per_token is not None:
+                points.setdefault(window.scope, []).append((label, rate, per_token))
         if not record.energy:
             rows.append(EnergyRow(label, shown, "not read", DASH, DASH, DASH))
     plots = [_energy_plot(scope, own) for scope, own in points.items() if len(own) > 1]

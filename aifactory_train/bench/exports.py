@@ -8,14 +8,16 @@ import json
 import re
 import xml.etree.ElementTree as ET
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 
+from aifactory_train.bench.energy import NO_INTERVAL, EnergyNumber, energy_numbers, joules_per_token
 from aifactory_train.bench.metric_names import NAMES
 from aifactory_train.bench.record import Judgement, Metric, Record, cell_key
-from aifactory_train.bench.references import sku_of
-from aifactory_train.hostlist import compress
-from aifactory_train.units import format_quantity
+from aifactory_train.bench.references import nodes_of, sku_of
+from aifactory_train.bench.scaling import METRIC as EFFICIENCY
+from aifactory_train.bench.scaling import Scaling
+from aifactory_train.units import format_fraction, format_quantity
 
 _ERRORS = ("incomplete", "unstable")
 _FAILURES = ("regression", "invalid", "degraded")
@@ -26,6 +28,7 @@ _INFO = ("torch", "cuda", "hip", "nccl", "driver", "python")
 CSV_COLUMNS = (
     *("System", "Nodes", "Devices", "GBS", "PP", "TP", "DP", "Time/iteration", "Tokens/second", "Avg_TFLOPs/GPU"),
     *("EnergyJ", "JPerToken", "Benchmark", "Cell", "Metric", "Unit", "Median", "CILow", "CIHigh", "N", "Verdict", "Id"),
+    *("Scope", "Method"),
 )
 _STEP = "aifactory_train_step_duration_seconds"
 _RATE = "aifactory_train_tokens_per_second"
@@ -37,10 +40,6 @@ def _rows(record: Record) -> Iterator[tuple[Metric | None, Judgement]]:
     metrics = {metric.name: metric for metric in record.metrics}
     for judgement in record.verdicts:
         yield metrics.get(judgement.metric), judgement
-
-
-def _hosts(record: Record) -> str:
-    return compress(sorted(set(record.hosts)))
 
 
 def render_junit(records: Sequence[Record]) -> str:
@@ -60,7 +59,7 @@ def render_junit(records: Sequence[Record]) -> str:
             "id": str(number),
             "name": cell_key(record),
             "timestamp": f"{started.astimezone(UTC):%Y-%m-%dT%H:%M:%S}",
-            "hostname": _hosts(record),
+            "hostname": nodes_of(record),
             "tests": "1",
             "failures": str(int(kind == "failure")),
             "errors": str(int(kind == "error")),
@@ -74,7 +73,7 @@ def render_junit(records: Sequence[Record]) -> str:
         classname = f"{record.suite}.{record.benchmark}"
         case = ET.SubElement(suite, "testcase", name=name, classname=classname, time=seconds)
         if kind:
-            message = _xml_text(f"{judgement.verdict} on {_hosts(record)}: {judgement.why}")
+            message = _xml_text(f"{judgement.verdict} on {nodes_of(record)}: {judgement.why}")
             ET.SubElement(case, kind, message=message, type=judgement.verdict).text = message
         elif judgement.verdict == "skipped":
             ET.SubElement(case, "skipped").text = _xml_text(judgement.why)
@@ -96,7 +95,7 @@ def _properties(record: Record, metric: Metric | None, judgement: Judgement) -> 
         "reference": judgement.reference,
         "tolerance": judgement.tolerance_frac,
         "result_id": record.id,
-        "hosts": _hosts(record),
+        "hosts": nodes_of(record),
     }
     return {name: str(value) for name, value in values.items() if value is not None}
 
@@ -106,22 +105,55 @@ def _xml_text(text: str) -> str:
     return _NOT_XML.sub("?", text)
 
 
-def render_markdown(records: Sequence[Record]) -> str:
-    """A summary for a merge request: verdicts first, then all numbers with n, interval and worst rank."""
+def render_markdown(
+    records: Sequence[Record], why: Mapping[str, str] | None = None, scalings: Sequence[Scaling] = ()
+) -> str:
+    """A summary for a merge request: verdicts first, then all numbers with n, interval and worst rank.
+
+    Args:
+        why: of each node that is not sound, a sentence.
+    """
     counts: dict[str, int] = defaultdict(int)
     rows = []
     for record in records:
         for metric, judgement in _rows(record):
             counts[judgement.verdict] += 1
-            cells = [record.benchmark, cell_key(record), _hosts(record), *_numbers(metric)]
+            cells = [record.benchmark, cell_key(record), nodes_of(record), *_numbers(metric)]
             rows.append([*cells, judgement.verdict, judgement.why])
+        rows += [_energy_row(record, number) for number in energy_numbers(record)]
     total = ", ".join(f"{n} {verdict}" for verdict, n in sorted(counts.items())) or "no records"
     suites = " and ".join(sorted({f"{record.suite} on {record.machine}" for record in records}))
     head = ["Benchmark", "Cell", "Hosts", "Metric", "Median", "95 % interval", "n", "Worst rank", "Verdict", "Why"]
     lines = [f"# Benchmarks: {suites}" if suites else "# Benchmarks", "", f"{total}.", ""]
-    for row in [head, ["---"] * len(head), *rows]:
-        lines.append("| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in row) + " |")
-    return "\n".join(lines) + "\n"
+    if why:
+        lines += [*(f"- {_one_line(f'{host}: {sentence}')}" for host, sentence in sorted(why.items())), ""]
+    if scalings:
+        columns = ["Scaling", "Cell", "Nodes", "Devices", "Rate per device", "Efficiency", "95 % interval", "n"]
+        lines += [*_table(columns, [row for scaling in scalings for row in _scaling_rows(scaling)]), ""]
+    return "\n".join([*lines, *_table(head, rows)]) + "\n"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    every = [head, ["---"] * len(head), *rows]
+    return ["| " + " | ".join(_one_line(cell).replace("|", "\\|") for cell in row) + " |" for row in every]
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _scaling_rows(scaling: Scaling) -> Iterator[list[str]]:
+    for size in scaling.sizes:
+        rate = format_quantity(size.rate_per_s, "tokens/s")
+        interval = " to ".join(map(format_fraction, size.interval)) if size.interval else "none"
+        counts = [str(size.nodes), str(scaling.devices[size.nodes])]
+        yield [scaling.mode, scaling.cell, *counts, rate, format_fraction(size.ratio), interval, str(size.n)]
+
+
+def _energy_row(record: Record, number: EnergyNumber) -> list[str]:
+    value = format_quantity(number.value, NAMES[number.name].unit)
+    cells = [record.benchmark, cell_key(record), nodes_of(record), number.labelled, value, NO_INTERVAL, "1", "-"]
+    return [*cells, "-", "; ".join(record.facts.get("warnings", [])) or "not judged"]
 
 
 def _numbers(metric: Metric | None) -> list[str]:
@@ -133,10 +165,10 @@ def _numbers(metric: Metric | None) -> list[str]:
     return [metric.name, format_quantity(metric.median, metric.unit), interval, str(metric.n), shown]
 
 
-def render_openmetrics(records: Sequence[Record]) -> str:
+def render_openmetrics(records: Sequence[Record], scalings: Sequence[Scaling] = ()) -> str:
     """OpenMetrics text, for node-exporter's textfile collector: gauges of the median, interval, percentiles and n.
 
-    A label `stat` tells them apart. Counters of joules are sums over their window and become counters.
+    A label `stat` tells them apart. Energy has one number for its whole window, and no interval.
     """
     families: dict[str, list[tuple[str, str, float]]] = defaultdict(list)
     verdicts, infos = [], []
@@ -145,10 +177,15 @@ def render_openmetrics(records: Sequence[Record]) -> str:
         for metric in record.metrics:
             for stat, value in _stats(metric).items():
                 families[metric.name].append((_label_text({**labels, "stat": stat}), "", value))
+        for number in energy_numbers(record):
+            own = {**labels, "scope": number.scope, "method": number.method}
+            for stat, value in {"window": number.value, "n": 1.0}.items():
+                families[number.name].append((_label_text({**own, "stat": stat}), "", value))
         for judgement in record.verdicts:
             own = {**labels, "metric": judgement.metric, "verdict": judgement.verdict}
             verdicts.append((_label_text(own), "", 1.0))
         infos.append((_label_text({**labels, **_info(record)}), "_info", 1.0))
+    families |= {EFFICIENCY: [*_efficiencies(scalings)]} if scalings else {}
     lines: list[str] = []
     for name, samples in sorted(families.items()):
         # A counter has no statistics; ours are medians of windows.
@@ -159,6 +196,16 @@ def render_openmetrics(records: Sequence[Record]) -> str:
     return "\n".join([*lines, "# EOF"]) + "\n"
 
 
+def _efficiencies(scalings: Sequence[Scaling]) -> Iterator[tuple[str, str, float]]:
+    for scaling in scalings:
+        own = {"mode": scaling.mode, "base_gpus": str(scaling.base_devices), "machine": scaling.machine}
+        for size in scaling.sizes:
+            labels = own | {"cell": scaling.cell, "nodes": str(size.nodes), "gpus": str(scaling.devices[size.nodes])}
+            ends = {"ci_low": size.interval[0], "ci_high": size.interval[1]} if size.interval else {}
+            for stat, value in {"ratio": size.ratio, **ends, "n": float(size.n)}.items():
+                yield _label_text({**labels, "stat": stat}), "", value
+
+
 def _family(name: str, kind: str, about: str, samples: Sequence[tuple[str, str, float]]) -> list[str]:
     lines = [f"# TYPE {name} {kind}", f"# HELP {name} {_escaped(about)}"]
     return [*lines, *(f"{name}{suffix}{{{labels}}} {value!r}" for labels, suffix, value in samples)]
@@ -166,7 +213,7 @@ def _family(name: str, kind: str, about: str, samples: Sequence[tuple[str, str, 
 
 def _labels(record: Record) -> dict[str, str]:
     cell = {re.sub(r"\W", "_", key): str(value) for key, value in record.cell.items() if value is not None}
-    return cell | {"benchmark": record.benchmark, "machine": record.machine, "hosts": _hosts(record), "id": record.id}
+    return cell | {"benchmark": record.benchmark, "machine": record.machine, "hosts": nodes_of(record), "id": record.id}
 
 
 def _info(record: Record) -> dict[str, str]:
@@ -197,7 +244,7 @@ def render_bmf(records: Sequence[Record]) -> str:
         for metric in record.metrics:
             low, high = metric.ci95 or (metric.min, metric.max)
             value = {"value": metric.median, "lower_value": low, "upper_value": high}
-            found.setdefault(f"{record.machine}/{cell_key(record)} on {_hosts(record)}", {})[metric.name] = value
+            found.setdefault(f"{record.machine}/{cell_key(record)} on {nodes_of(record)}", {})[metric.name] = value
     return json.dumps(found, indent=1) + "\n"
 
 
@@ -213,6 +260,10 @@ def render_csv(records: Sequence[Record]) -> str:
             own = {"Metric": metric.name, "Unit": metric.unit, "Median": metric.median, "CILow": low, "CIHigh": high}
             own |= {"N": metric.n, "Verdict": verdicts.get(metric.name, ""), "Id": record.id}
             writer.writerow(_caraml(record) | own | {"Benchmark": record.benchmark, "Cell": cell_key(record)})
+        for number in energy_numbers(record):
+            own = {"Metric": number.name, "Unit": NAMES[number.name].unit, "Median": number.value, "N": 1}
+            own |= {"Id": record.id, "Scope": number.scope, "Method": number.method}
+            writer.writerow(_caraml(record) | own | {"Benchmark": record.benchmark, "Cell": cell_key(record)})
     return out.getvalue()
 
 
@@ -223,9 +274,7 @@ def _caraml(record: Record) -> dict[str, object]:
     axes = re.findall(r"\b(pp|dp_replicate|dp_shard|tp) (\d+)", str(record.cell.get("layout") or ""))
     layout = {name: int(degree) for name, degree in axes}
     flops = medians.get(_FLOPS)
-    joules = record.energy[0].joules if record.energy else None
-    rate = record.facts.get("window", {}).get("tokens_per_s", medians.get(_RATE))
-    tokens = rate * record.energy[0].seconds if joules is not None and rate else None
+    energy = record.energy[0] if record.energy else None
     values = {
         "System": record.machine,
         "Nodes": len(set(record.hosts)),
@@ -237,7 +286,7 @@ def _caraml(record: Record) -> dict[str, object]:
         "Time/iteration": medians.get(_STEP),
         "Tokens/second": medians.get(_RATE),
         "Avg_TFLOPs/GPU": None if flops is None else flops / 1e12,
-        "EnergyJ": joules,
-        "JPerToken": joules / tokens if joules is not None and tokens else None,
+        "EnergyJ": energy and energy.joules,
+        "JPerToken": energy and joules_per_token(record, energy),
     }
     return {name: value for name, value in values.items() if value is not None}

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from aifactory_train.bench.fingerprints import SHOWN_DIGITS, odd_results
 from aifactory_train.bench.record import GREEN, Better, Judgement, Metric, Record, Verdict, cell_key
-from aifactory_train.bench.references import Reference, References, load_references, power_cap_w_of, sku_of, stack_of
+from aifactory_train.bench.references import Reference, References, load_references, nodes_of, power_cap_w_of, sku_of
 from aifactory_train.bench.statistics import outlier_nodes
 from aifactory_train.bench.store import BenchDir, load_records
 from aifactory_train.bench.suites import load_asked
@@ -37,25 +38,21 @@ class NodeVerdict(NamedTuple):
 
 
 def judge(
-    record: Record,
-    references: References | None,
-    today: date,
-    *,
-    others: Sequence[Record] = (),
-    use_info: bool = False,
+    record: Record, references: References | None, today: date, odd: Mapping[str, str] | None = None
 ) -> list[Judgement]:
     """One judgement for each metric; one for the whole record, its metric "", where it has none.
 
     Args:
         references: of the record's machine; None where there are none.
-        others: records whose parameter count and fingerprint must be the same where cell, device and stack are.
-        use_info: let references of few nodes judge, too.
+        odd: record id -> why it computes something else than its peers; see odd_results.
     """
-    whole = judge_whole(record) or _judge_beside(record, others)
+    whole = judge_whole(record)
+    if whole is None or whole[0] in ("unstable", "degraded"):  # a wrong result is worse than a slow one
+        whole = _judge_result(record, references, odd or {}) or whole
     if whole is not None:
         names = [metric.name for metric in record.metrics] or [""]
         return [Judgement(metric=n, verdict=whole[0], reference=None, tolerance_frac=None, why=whole[1]) for n in names]
-    return [judge_metric(record, metric, references, today, use_info=use_info) for metric in record.metrics]
+    return [judge_metric(record, metric, references, today) for metric in record.metrics]
 
 
 def judge_whole(record: Record) -> tuple[Verdict, str] | None:
@@ -77,25 +74,18 @@ def judge_whole(record: Record) -> tuple[Verdict, str] | None:
     return None
 
 
-def _judge_beside(record: Record, others: Sequence[Record]) -> tuple[Verdict, str] | None:
-    """Nodes of one kind must compute the same; where they do not, those that the majority does not share are wrong."""
-    peers = [r for r in others if _computes_as(r) == _computes_as(record)]
-    for name in ("n_parameters", "fingerprint"):
-        own = getattr(record.validity, name)
-        of_all = [value for r in peers if (value := getattr(r.validity, name)) is not None]
-        if own is not None and set(of_all) - {own} and 2 * of_all.count(own) <= len(of_all):
-            differing = sorted({str(value) for value in of_all if value != own})
-            return "invalid", f"{name} is {own}; the same cell has {', '.join(differing)} elsewhere"
-    return None
+def _judge_result(record: Record, references: References | None, odd: Mapping[str, str]) -> tuple[Verdict, str] | None:
+    """What the record computed, beside the reference, which is of a sound node, and beside its peers."""
+    own, known = record.validity.fingerprint, references.find_fingerprint(record) if references else None
+    if own is not None and known is not None:
+        if own == known.fingerprint:
+            return None
+        sound = f"{known.n_nodes} node(s) computed {known.fingerprint[:SHOWN_DIGITS]} on {known.measured_on}"
+        return "invalid", f"fingerprint is {own[:SHOWN_DIGITS]} on {nodes_of(record)}, {sound} with the same steps"
+    return ("invalid", odd[record.id]) if record.id in odd else None
 
 
-def _computes_as(record: Record) -> tuple[str, str | None, str]:
-    return cell_key(record), sku_of(record), stack_of(record)
-
-
-def judge_metric(
-    record: Record, metric: Metric, references: References | None, today: date, *, use_info: bool = False
-) -> Judgement:
+def judge_metric(record: Record, metric: Metric, references: References | None, today: date) -> Judgement:
     """One metric of a record that is sound as a whole."""
     reference = references.find(record, metric.name) if references else None
     if reference is None:
@@ -103,8 +93,9 @@ def judge_metric(
     late = f"; the reference expired on {reference.expires_on}" if _expired(reference, today) else ""
     beside = format_difference(metric.median / reference.value - 1) if reference.value else "nothing"
     shown = f"{metric.median:.6g} {metric.unit} is {beside} beside {reference.value:.6g} of {reference.n_nodes} node(s)"
-    if reference.kind == "info" and not use_info:
-        return _judgement(metric, "no_reference", reference, f"{shown}, which are too few to judge by{late}")
+    if reference.kind == "info":
+        why = f"; {reference.why_info}" if reference.why_info else ""
+        return _judgement(metric, "no_reference", reference, f"{shown}, which is no limit{why}{late}")
     low, high = metric.ci95 or (metric.min, metric.max)
     limit_low, limit_high = sorted(reference.value * (1 + sign * reference.tolerance_frac) for sign in (-1, 1))
     side = "below" if high < limit_low else "above" if low > limit_high else ""
@@ -145,6 +136,9 @@ def _why_none(record: Record, metric: Metric, references: References | None) -> 
     others = [r for r in references.references if (r.cell, r.metric) == (cell, metric.name)]
     if not others:
         return f"nobody measured this cell on {references.machine}"
+    of_device = references.of_device(record, metric.name)
+    if of_device is not None:
+        return f"measured on {nodes_of(record)}; the reference is of {', '.join(of_device.nodes)} alone"
     known = sorted({f"{r.sku} at {_cap(r.power_cap_w)}" for r in others})
     return f"measured on {sku} at {_cap(power_cap_w_of(record))}; references are of {'; '.join(known)}"
 
@@ -161,9 +155,9 @@ def judge_nodes(
     Args:
         judged: record id -> its judgements.
 
-    A host fails by a red verdict of a record that is of it alone, or as the outlier among the hosts of one cell. A red
-    record of several hosts, which accuses none of them, fails those of the ranks that did not answer. A host that only
-    such records name is missing.
+    A host fails by a red verdict of a record that is of it alone, as the outlier among the hosts of one cell, or at the
+    end of a dead link. Any other red record of several hosts, which accuses none of them, fails those of the ranks that
+    did not answer. A host that only such records name is missing.
     """
     why: dict[str, str] = {}
     by_cell: dict[tuple[str, str, Better], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
@@ -171,8 +165,9 @@ def judge_nodes(
         hosts = set(record.hosts)
         red = next((j for j in judged[record.id] if j.verdict not in GREEN), None)
         if red is not None:
+            what = f"{red.metric} {red.verdict}" if red.verdict == "regression" else red.verdict
             for host in hosts if len(hosts) == 1 else _accused(record):
-                why.setdefault(host, f"{cell_key(record)}: {red.metric} {red.verdict}: {red.why}")
+                why.setdefault(host, f"{cell_key(record)}: {what}: {red.why}")
         if len(hosts) == 1 and not record.fault:
             for metric in record.metrics:
                 by_cell[cell_key(record), metric.name, metric.better][record.hosts[0]].append(metric.median)
@@ -180,7 +175,9 @@ def judge_nodes(
         medians = {host: statistics.median(v) for host, v in values.items()}
         for host, sentence in outlier_nodes(medians, better).items():
             why.setdefault(host, f"{cell}: {name}: {sentence}")
-    heard = {host for r in records if r.metrics or len(set(r.hosts)) == 1 for host in r.hosts}
+    cut_off = _ends_of_dead_links(records)
+    why = cut_off | why
+    heard = {host for r in records if r.metrics or len(set(r.hosts)) == 1 for host in r.hosts} | set(cut_off)
     missing = sorted({*asked, *(host for r in records for host in r.hosts)} - heard)
     failing = sorted(set(why) - set(missing))
     return NodeVerdict(
@@ -189,6 +186,14 @@ def judge_nodes(
         missing=missing,
         why={host: "it left no record" for host in missing} | why,
     )
+
+
+def _ends_of_dead_links(records: Sequence[Record]) -> dict[str, str]:
+    """Host -> what is said of its link: of two that do not reach each other the one with more such links, or both."""
+    of_pairs = [r for r in records if r.fault and "pair" in r.cell and len(r.hosts) == 2]
+    dead = [r for r in of_pairs if not _accused(r)]
+    n_dead = Counter(host for r in dead for host in r.hosts)
+    return {host: r.fault or "" for r in dead for host in r.hosts if n_dead[host] == max(n_dead[h] for h in r.hosts)}
 
 
 def _accused(record: Record) -> set[str]:
@@ -205,6 +210,12 @@ def exit_code_of(judgements: Iterable[Judgement], nodes: NodeVerdict) -> int:
     return EXIT_INCOMPLETE if unfinished or nodes.missing else EXIT_GREEN
 
 
+def _given_up(fault: str) -> Judgement:
+    """A tuning is there to find out what fails: that says nothing against the nodes."""
+    why = f"given up: {fault}"
+    return Judgement(metric="", verdict="skipped", reference=None, tolerance_frac=None, why=why)
+
+
 class FolderVerdict(NamedTuple):
     """records: with their verdicts filled in."""
 
@@ -213,9 +224,7 @@ class FolderVerdict(NamedTuple):
     exit_code: int
 
 
-def judge_folder(
-    folder: Path, today: date, *, references_dir: Path | None = None, use_info: bool = False
-) -> FolderVerdict:
+def judge_folder(folder: Path, today: date, *, references_dir: Path | None = None) -> FolderVerdict:
     """Judge all records of a bench folder: write the verdicts into them, and the three lists of nodes beside.
 
     passing_nodes.txt, failing_nodes.txt and missing_nodes.txt are one line each as `sbatch --exclude` takes it, empty
@@ -230,10 +239,13 @@ def judge_folder(
     """
     bench = BenchDir(folder)
     records = load_records(folder)
-    hosts = load_asked(folder).hosts if bench.suite.exists() else []
+    asked = load_asked(folder) if bench.suite.exists() else None
     references = {name: load_references(name, references_dir) for name in {r.machine for r in records}}
-    judged = {r.id: judge(r, references[r.machine], today, others=records, use_info=use_info) for r in records}
-    nodes = judge_nodes(records, judged, hosts)
+    odd = odd_results(records)
+    judged = {r.id: judge(r, references[r.machine], today, odd) for r in records}
+    if asked is not None and asked.tuning is not None:
+        judged |= {r.id: [_given_up(r.fault)] for r in records if r.fault}
+    nodes = judge_nodes(records, judged, asked.hosts if asked else [])
     records = [record.model_copy(update={"verdicts": judged[record.id]}) for record in records]
     with storage_errors("writing verdicts", folder, "free some space"):
         for record in records:

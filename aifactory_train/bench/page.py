@@ -127,7 +127,8 @@ PAGE = (
 {% if energy %}<h2>Energy beside throughput</h2>
 <div class="card">
 {{ table(("cell", "throughput", "scope, method", "mean power", "energy", "per token"), energy.rows, (1, 3, 4, 5)) }}
-<p class="remarks">Scopes are never added.{% if energy.n_unread %}
+<p class="remarks">Scopes are never added. Energy has one number for all timed steps of a cell,
+so no interval.{% if energy.n_unread %}
  Why {{ energy.n_unread }} of the cells have no reading
 stands above, under what could not be read.{% endif %}</p></div>
 {% if energy.plots %}<div class="grid charts">{% for c in energy.plots %}{{ plot(c) }}{% endfor %}</div>{% endif %}

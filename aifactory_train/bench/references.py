@@ -1,15 +1,13 @@
 """What a cell reaches on a sound machine: references, learned from results, one YAML file for each machine.
 
-A reference holds for one kind of device at one power cap. A limit of few nodes, or without the results that it was
-learned from, never judges.
+A reference holds for one kind of device at one power cap. A limit without the results that it was learned from never
+judges, and one of few nodes judges those nodes alone.
 """
 
 from __future__ import annotations
 
-import statistics
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from datetime import date, datetime, timedelta
+from collections.abc import Mapping
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,8 +15,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from aifactory_train.bench.metric_names import NAMES
-from aifactory_train.bench.record import Metric, Record, cell_key
-from aifactory_train.bench.statistics import outlier_nodes
+from aifactory_train.bench.record import Record, cell_key
+from aifactory_train.bench.statistics import MIN_JOBS
 from aifactory_train.errors import MachineError
 from aifactory_train.hostlist import compress
 from aifactory_train.strictyaml import Key, configs_dir, read_yaml, validate
@@ -28,8 +26,7 @@ TOLERANCE_FRAC = {"gemm": 0.02, "memory": 0.02, "loader": 0.20, "checkpoint": 0.
 OTHER_TOLERANCE_FRAC = 0.05
 CPU_TOLERANCE_FRAC = 0.07
 
-MIN_NODES = 20  # results of fewer say too little about how sound nodes differ
-VALID_DAYS = 365  # drivers, firmware and libraries move on
+MIN_NODES = 20  # fewer say too little about how sound nodes differ to judge one that is not among them
 LEAST_OF_SOURCE = 0.5  # a limit below half of what was measured catches nothing
 STACK = ("torch", "cuda", "hip", "nccl", "driver")
 
@@ -42,8 +39,11 @@ class Reference(Part):
     """One cell and metric.
 
     cell: as record.cell_key gives it. value: in the metric's unit. source_value: median of the sources.
-    kind: `min` and `max` bound from one side and `band` from both; `info` is printed and judges nothing.
-    sku: as sku_of gives it. n_nodes: results of different nodes, or sets of nodes, that were kept.
+    ci95: of source_value, over the results of different jobs and nodes; None for few.
+    kind: `min` and `max` bound from one side and `band` from both; `info` is printed and judges nothing, and why_info
+    says why.
+    sku: as sku_of gives it. n_nodes: different nodes, or sets of nodes, that were kept; n_jobs: benches they ran in.
+    nodes: as nodes_of gives them: those that the limit holds for, where they were few; none: all of the sku.
     """
 
     cell: str
@@ -51,28 +51,84 @@ class Reference(Part):
     kind: Literal["min", "max", "band", "info"]
     value: float
     source_value: float | None = None
+    ci95: tuple[float, float] | None = None
     tolerance_frac: Annotated[float, Field(ge=0, lt=1)]
     source_result_ids: list[str] = []
     n_nodes: Annotated[int, Field(ge=0)]
+    n_jobs: Annotated[int, Field(ge=0)]
+    nodes: list[str] = []
     sku: str | None
     power_cap_w: float | None
     stack: str
     measured_on: date | None
     expires_on: date | None
     author: str
+    why_info: str | None = None
+
+
+class Setting(Part):
+    """What must be the same for two results to be the same to the last bit.
+
+    recipe, code: SHA-256 of the recipe, and of our Python files.
+    """
+
+    cell: str
+    sku: str | None
+    stack: str
+    recipe: str
+    code: str
+
+
+class Fingerprint(Part):
+    """What the steps of a cell compute, to the last bit, where setting is the same."""
+
+    setting: Setting
+    fingerprint: str
+    source_result_ids: list[str]
+    n_nodes: Annotated[int, Field(ge=1)]
+    measured_on: date
+    author: str
 
 
 class References(Part):
     machine: str
     references: list[Reference]
+    fingerprints: list[Fingerprint] = []
 
     def find(self, record: Record, metric: str) -> Reference | None:
         """Of the record's cell on its device at its power cap; None where nobody measured that."""
+        of_device = self.of_device(record, metric)
+        if of_device is None or (of_device.nodes and nodes_of(record) not in of_device.nodes):
+            return None
+        return of_device
+
+    def of_device(self, record: Record, metric: str) -> Reference | None:
+        """As `find`, also where it holds for other nodes alone."""
         cell, sku, cap_w = cell_key(record), sku_of(record), power_cap_w_of(record)
         for reference in self.references:
             if (reference.cell, reference.metric, reference.sku) == (cell, metric, sku) and _same_cap(reference, cap_w):
                 return reference
         return None
+
+    def find_fingerprint(self, record: Record) -> Fingerprint | None:
+        """Of the record's setting; None where nobody computed that."""
+        setting = setting_of(record)
+        return next((known for known in self.fingerprints if known.setting == setting), None)
+
+
+def nodes_of(record: Record) -> str:
+    """The nodes of a record, in Slurm's syntax: "n[1-4]"."""
+    return compress(sorted(set(record.hosts)))
+
+
+def setting_of(record: Record) -> Setting:
+    return Setting(
+        cell=cell_key(record),
+        sku=sku_of(record),
+        stack=stack_of(record),
+        recipe=str(record.facts.get("recipe_hash") or ""),
+        code=str(record.facts.get("code_sha256") or record.provenance.get("git_sha") or ""),
+    )
 
 
 def _same_cap(reference: Reference, cap_w: float | None) -> bool:
@@ -149,6 +205,13 @@ def lint(references: References, today: date | None = None) -> list[str]:
         seen.add(key)
         if today and reference.expires_on and reference.expires_on < today:
             found.append(f"warning: {at}: expired on {reference.expires_on}; measure and learn it again")
+    settings = [fingerprint.setting for fingerprint in references.fingerprints]
+    for number, fingerprint in enumerate(references.fingerprints):
+        at = f"fingerprint of {fingerprint.setting.cell}"
+        if fingerprint.setting in settings[:number]:
+            found.append(f"fault: {at}: twice for {fingerprint.setting.sku}")
+        if not fingerprint.source_result_ids or not fingerprint.setting.sku:
+            found.append(f"fault: {at}: without source_result_ids, or without a sku")
     return found
 
 
@@ -165,6 +228,11 @@ def _faults(reference: Reference) -> list[str]:
         "expires_on": reference.expires_on,
     }
     faults = [f"a limit without {name}" for name, value in given.items() if not value]
+    if reference.n_nodes < MIN_NODES and not (reference.nodes and reference.n_jobs >= MIN_JOBS):
+        few = f"a limit of {reference.n_nodes} node(s) in {reference.n_jobs} job(s)"
+        faults.append(f"{few}; it needs {MIN_NODES} nodes, or {MIN_JOBS} jobs and the names of the nodes")
+    if reference.tolerance_frac > LEAST_OF_SOURCE:
+        faults.append(f"a tolerance of {reference.tolerance_frac:g} catches nothing; allowed is {LEAST_OF_SOURCE:g}")
     wrong_side = {"higher": "max", "lower": "min"}[NAMES[reference.metric].better]
     if reference.kind == wrong_side:
         faults.append(f"kind {reference.kind}, but {NAMES[reference.metric].better} is better")
@@ -180,79 +248,6 @@ def _source_faults(reference: Reference, ratio: float) -> list[str]:
         return []
     of = f"{ratio:.4g} of its source {reference.source_value:.6g}"
     return [f"value {reference.value:.6g} is {of}; allowed is {low:g} to {high:g} of it"]
-
-
-def is_sound(record: Record) -> bool:
-    """Fit to learn from: steady, not slowed down, and with the right result."""
-    validity = record.validity
-    bad = record.fault or validity.throttled or validity.wrong_values or validity.loss_finite is False
-    return not bad and record.protocol is not None and record.protocol.steady
-
-
-def learn(records: Iterable[Record], author: str) -> References:
-    """References of the sound records of one machine.
-
-    Each node, or set of nodes, counts once, by the median of its results. Those that are worse than the others are
-    taken out, until none is; the median of the rest is the reference. Its tolerance lets all of them pass.
-
-    Raises MachineError for records of several machines, and for none that is sound.
-    """
-    groups: dict[tuple[str, str, str | None, float | None], list[tuple[Record, Metric]]] = defaultdict(list)
-    sound = [record for record in records if is_sound(record)]
-    machines = sorted({record.machine for record in sound})
-    if len(machines) != 1:
-        do = "give bench folders of one machine whose benchmarks came to an end"
-        what = f"records of {len(machines)} machines: {', '.join(machines)}" if machines else "no sound record"
-        raise MachineError(f"nothing to learn from: {what}", do=do)
-    for record in sound:
-        for metric in record.metrics:
-            key = (cell_key(record), metric.name, sku_of(record), power_cap_w_of(record))
-            groups[key].append((record, metric))
-    found = [_learn_one(results, author) for _, results in sorted(groups.items(), key=lambda item: str(item[0]))]
-    return References(machine=machines[0], references=found)
-
-
-def _learn_one(results: Sequence[tuple[Record, Metric]], author: str) -> Reference:
-    first, better = results[0][0], results[0][1].better
-    by_nodes: dict[str, list[float]] = defaultdict(list)
-    for record, metric in results:
-        by_nodes[compress(sorted(record.hosts))].append(metric.median)
-    kept = _without_outliers({nodes: statistics.median(values) for nodes, values in by_nodes.items()}, better)
-    value = statistics.median(kept.values())
-    worst = min(kept.values()) if better == "higher" else max(kept.values())
-    sources = [record for record, _ in results if compress(sorted(record.hosts)) in kept]
-    measured_on = max(datetime.fromisoformat(record.ended).date() for record in sources)
-    limits = len(kept) >= MIN_NODES and sku_of(first) is not None and value != 0
-    return Reference(
-        cell=cell_key(first),
-        metric=results[0][1].name,
-        kind=("min" if better == "higher" else "max") if limits else "info",
-        value=value,
-        source_value=value,
-        tolerance_frac=max(
-            default_tolerance_frac(first), _rounded_up(abs(worst - value) / abs(value)) if value else 0.0
-        ),
-        source_result_ids=sorted(record.id for record in sources),
-        n_nodes=len(kept),
-        sku=sku_of(first),
-        power_cap_w=power_cap_w_of(first),
-        stack=stack_of(max(sources, key=lambda record: record.ended)),
-        measured_on=measured_on,
-        expires_on=measured_on + timedelta(days=VALID_DAYS),
-        author=author,
-    )
-
-
-def _without_outliers(by_nodes: Mapping[str, float], better: Literal["higher", "lower"]) -> Mapping[str, float]:
-    """A very bad node hides a bad one, so what is left is looked at again, as SuperBench does."""
-    kept = dict(by_nodes)
-    while bad := outlier_nodes(kept, better):
-        kept = {nodes: value for nodes, value in kept.items() if nodes not in bad}
-    return kept
-
-
-def _rounded_up(frac: float) -> float:
-    return round(frac + 0.0005, 3) if frac else 0.0
 
 
 def stack_of(record: Record) -> str:

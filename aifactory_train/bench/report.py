@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jinja2
 
 from aifactory_train import hostlist, units
-from aifactory_train.bench.cells import DASH, Samples, short_name, short_names
+from aifactory_train.bench.cells import DASH, Read, Samples, short_name, short_names
 from aifactory_train.bench.comparisons import build_energy, build_nodes, build_scaling
 from aifactory_train.bench.figures import build_collectives, build_steps
 from aifactory_train.bench.page import PAGE
@@ -40,20 +40,7 @@ def render_report(folder: BenchDir) -> str:
         RunFolderError: a record that cannot be read. Samples that cannot be read are named on the page.
     """
     records = load_records(folder.root)
-    lost: dict[str, str] = {}
-
-    # Two sections read the samples of a record, one after the other.
-    @lru_cache(maxsize=8)
-    def samples_of(name: str) -> Samples:
-        try:
-            return read_samples(folder.root / "records" / name)
-        except RunFolderError as error:
-            lost[name] = error.what
-            return {}
-
-    def read(record: Record) -> Samples:
-        return samples_of(record.samples) if record.samples else {}
-
+    read, lost = build_reader(folder)
     steps, nodes = build_steps(records, read), build_nodes(records, read)
     scaling, provenance = build_scaling(records, read), build_provenance(records)
     findings = [
@@ -78,6 +65,25 @@ def render_report(folder: BenchDir) -> str:
         metrics=metric_rows(records),
         provenance=provenance,
     )
+
+
+def build_reader(folder: BenchDir) -> tuple[Read, dict[str, str]]:
+    """The samples of a record, and the names of those that could not be read, with the reason, as they come up."""
+    lost: dict[str, str] = {}
+
+    # Two sections read the samples of a record, one after the other.
+    @lru_cache(maxsize=8)
+    def samples_of(name: str) -> Samples:
+        try:
+            return read_samples(folder.records / name)
+        except RunFolderError as error:
+            lost[name] = error.what
+            return {}
+
+    def read(record: Record) -> Samples:
+        return samples_of(record.samples) if record.samples else {}
+
+    return read, lost
 
 
 def _title(records: Sequence[Record]) -> str:
@@ -140,6 +146,7 @@ def _findings(root: Path, records: Sequence[Record], provenance: Provenance) -> 
         where = f"{names[record.id]} on {some(_hosts([record]), 4)}"
         if record.fault is not None:
             found.append(Finding("bad", "Fault", f"{where}: {record.fault}"))
+        found += [Finding("odd", "Energy disagrees", f"{where}: {text}") for text in record.facts.get("warnings", [])]
         for judgement in record.verdicts:
             if judgement.verdict not in GREEN:
                 text = f"{where}, {short_name(judgement.metric)}: {judgement.why}"

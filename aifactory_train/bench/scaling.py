@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
+from aifactory_train.bench.cells import Read, words
+from aifactory_train.bench.record import Record
 from aifactory_train.bench.statistics import Interval
 
+METRIC = "aifactory_train_scaling_efficiency_ratio"
+TOKENS_PER_S_PER_DEVICE = "aifactory_train_tokens_per_second_per_gpu"
 RESAMPLES = 2000
 # Successive steps are alike; drawn one by one they would promise too narrow an interval.
 BLOCK_STEPS = 5
+# What changes of itself when a job gets more nodes.
+SIZE_KEYS = ("nodes", "devices", "ranks", "gbs_tokens", "layout")
+
+Mode = Literal["weak", "strong"]
 
 
 class Efficiency(NamedTuple):
@@ -25,6 +33,61 @@ class Efficiency(NamedTuple):
     ratio: float
     interval: Interval | None
     n: int
+
+
+class Scaling(NamedTuple):
+    """Sizes of one job, by nodes. cell: what they share, in words. devices: of each number of nodes.
+
+    mode: `weak` has a constant number of tokens per node, `strong` a constant global batch.
+    """
+
+    mode: Mode
+    cell: str
+    machine: str
+    devices: Mapping[int, int]
+    sizes: list[Efficiency]
+
+    @property
+    def base_devices(self) -> int:
+        return self.devices[self.sizes[0].nodes]
+
+
+def estimate_scaling(records: Sequence[Record], read: Read) -> list[Scaling]:
+    """Cells of the step that differ in their size alone, where there are two sizes or more.
+
+    A batch that grows with the nodes and one that stays share their smallest cell. Rates are those of the slowest rank.
+    """
+    groups: dict[tuple[Mode, str, str, float], dict[int, list[float]]] = {}
+    devices: dict[int, int] = {}
+    for record in records:
+        nodes, tokens = record.cell.get("nodes"), record.cell.get("gbs_tokens")
+        if not isinstance(nodes, int) or not isinstance(tokens, int):
+            continue
+        by_rank = read(record).get(TOKENS_PER_S_PER_DEVICE)
+        if not by_rank:
+            continue
+        devices[nodes] = int(record.cell.get("devices") or nodes)
+        rates = [min(of_all) for of_all in zip(*by_rank.values(), strict=False)]
+        modes: tuple[tuple[Mode, float], ...] = (("weak", tokens / nodes), ("strong", float(tokens)))
+        for mode, size in modes:
+            key = (mode, _beside_size(record, mode), record.machine, size)
+            groups.setdefault(key, {}).setdefault(nodes, []).extend(rates)
+    return [
+        Scaling(mode, cell, machine, {nodes: devices[nodes] for nodes in rates}, estimate_efficiency(rates))
+        for (mode, cell, machine, _), rates in groups.items()
+        if len(rates) > 1
+    ]
+
+
+def _beside_size(record: Record, mode: Mode) -> str:
+    """What must be the same on all sizes: "tiny, seq 4096, tp 4, 1 rows".
+
+    Data parallel degrees and accumulation follow the nodes; with a constant batch the rows of a micro-batch do, too.
+    """
+    rest = words({key: value for key, value in record.cell.items() if key not in SIZE_KEYS})
+    parts = [part for part in str(record.cell.get("layout", "")).split(", ") if part and not part.startswith("dp_")]
+    rows = [part.split(" x ")[-1] for part in parts if part.endswith(" rows") and mode == "weak"]
+    return ", ".join(filter(None, (rest, *(part for part in parts if not part.endswith(" rows")), *rows)))
 
 
 def estimate_efficiency(rates_by_nodes: Mapping[int, Sequence[float]], seed: int = 0) -> list[Efficiency]:

@@ -20,7 +20,6 @@ Interval = tuple[float, float]
 
 RESAMPLES = 2000
 MIN_JOBS = 3  # fewer allocations say nothing about how allocations differ
-MIN_OLYMPIC = 5  # MLPerf drops the best and the worst of five runs or more
 
 SPIKE_FACTOR = 1.5
 SUSPECT_FRAC = 0.05  # as SuperBench: worse than the median node by this much
@@ -117,30 +116,17 @@ def _interval_rank(n: int, confidence: float) -> int:
     return rank
 
 
-def block_interval(jobs: Sequence[Sequence[float]], seed: int = 0) -> Interval | None:
-    """95 % interval of the median over the samples of several jobs, by bootstrap of whole jobs.
+def over_jobs_interval(medians: Sequence[float], seed: int = 0) -> Interval | None:
+    """95 % interval of the median over jobs, each given by the median of its own samples; repeatable by `seed`.
 
-    Steps of one job are alike, so that they must not be drawn one by one. Repeatable by `seed`. None for fewer than
-    MIN_JOBS jobs; with fewer than ten, the interval holds the truth less often than it says.
-
-    Raises ValueError for a job without samples.
+    Samples of one job are alike, so that jobs are drawn as a whole. None for fewer than MIN_JOBS; with fewer than ten,
+    the interval holds the truth less often than it says.
     """
-    blocks = [np.asarray(job, dtype=np.float64) for job in jobs]
-    if not all(len(block) for block in blocks):
-        raise ValueError(f"job {[len(block) for block in blocks].index(0)} of {len(blocks)} has no samples")
-    if len(blocks) < MIN_JOBS:
+    if len(medians) < MIN_JOBS:
         return None
-    draws = np.random.default_rng(seed).integers(len(blocks), size=(RESAMPLES, len(blocks)))
-    medians = [np.median(np.concatenate([blocks[i] for i in draw])) for draw in draws]
-    low, high = np.quantile(medians, (0.025, 0.975))
+    draws = np.random.default_rng(seed).integers(len(medians), size=(RESAMPLES, len(medians)))
+    low, high = np.quantile(np.median(np.asarray(medians, dtype=np.float64)[draws], axis=1), (0.025, 0.975))
     return float(low), float(high)
-
-
-def olympic_mean(values: Sequence[float]) -> float | None:
-    """Mean without the smallest and the largest value, as MLPerf scores runs; None for fewer than MIN_OLYMPIC."""
-    if len(values) < MIN_OLYMPIC:
-        return None
-    return statistics.fmean(sorted(values)[1:-1])
 
 
 def steady_from(samples: Sequence[float], window: int = 10, change_frac: float = 0.01) -> int | None:

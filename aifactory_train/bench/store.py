@@ -40,6 +40,7 @@ class BenchDir:
     passing_nodes.txt            and failing_nodes.txt, missing_nodes.txt: in Slurm's list syntax
     summary.md, report.html      for people
     junit.xml, metrics.prom, bmf.json    for CI, Prometheus and Bencher
+    recipe.yaml, tuned.yaml      of a tuning: what was tuned, and what won; tuning.md and tuning.json are the search
     """
 
     def __init__(self, root: str | Path) -> None:

@@ -10,8 +10,9 @@ import difflib
 import shlex
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
+import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from aifactory_train.errors import RunFolderError, UserError
@@ -34,6 +35,8 @@ Program = Literal[
 # Of a cell beside its budget: ranks that start Python from a busy parallel file system, and a last sample that is long.
 START_S = 120.0
 SLACK = 1.5
+# What differs between two benches, and is too long to be shown.
+_LONG = ("cells", "what the recipe says")
 
 
 def _words(value: object) -> object:
@@ -102,8 +105,48 @@ class Cell(Part):
         return f"logs/{self.number}-{self.program}.txt"
 
 
+class Candidate(Part):
+    """A layout that the recipe takes with `overlay` merged into it: `layout` and `train` keys as recipes spell them."""
+
+    name: str
+    overlay: dict[str, dict[str, Any]]
+    predicted_step_s: float | None
+    predicted_peak_bytes: int
+
+    def sets(self) -> list[str]:
+        """As `--set` takes it: "layout.tp=2"."""
+        # YAML ends a bare word with a line that says so.
+        return [
+            f"{part}.{key}={yaml.safe_dump(value).splitlines()[0]}"
+            for part, values in self.overlay.items()
+            for key, value in values.items()
+        ]
+
+    def step_options(self, n_steps: int, change_frac: float) -> list[str]:
+        """Of a cell with so many timed steps, from when two windows before them differ by less than `change_frac`."""
+        own = [word for each in self.sets() for word in ("--set", each)]
+        return ["--steps", str(n_steps), "--change-frac", f"{change_frac:g}", *own]
+
+
+class Tuning(Part):
+    """What a bench searches the best layout of.
+
+    recipe: its file, whole path. sets: the user's own overrides. text: the recipe with them, resolved.
+    n_layouts: as asked for; each comes with several micro-batches.
+    """
+
+    recipe: str
+    sets: list[str]
+    text: str
+    n_layouts: int
+    candidates: list[Candidate]
+
+
 class Asked(Part):
-    """suite.json. hosts: those of the job, once it has begun. left_out: program -> why."""
+    """suite.json. hosts: those of the job, once it has begun. left_out: program -> why.
+
+    tuning: then the cells are those of the rounds so far.
+    """
 
     suite: str
     machine: str
@@ -111,6 +154,7 @@ class Asked(Part):
     hosts: list[str] = []
     cells: list[Cell]
     left_out: list[str] = []
+    tuning: Tuning | None = None
 
 
 class End(Part):
@@ -207,6 +251,8 @@ def cell_words(cell: Cell, asked: Asked, folder: Path) -> list[str]:
     """The program of a cell and its arguments, without the Python that runs it."""
     common = ["--machine", str(machine_file(asked, folder)), "--suite", asked.suite, "--out", str(folder)]
     alone = ["--alone"] if cell.scope == "node" else []
+    if asked.tuning is not None and cell.program in ("gemm", "step"):
+        common += ["--recipe", str(recipe_file(folder))]
     program = programs_dir() / f"{cell.program}.py"
     # A suite names files of ours as they stand in the checkout.
     options = [str(configs_dir().parent / word) if word.startswith("configs/") else word for word in cell.options]
@@ -218,25 +264,46 @@ def machine_file(asked: Asked, folder: Path) -> Path:
     return folder / f"{asked.machine}.yaml"
 
 
-def check_folder(asked: Asked, folder: Path) -> None:
-    """Refuse a folder that holds another bench, or something else. One of the same bench goes on there."""
+def recipe_file(folder: Path) -> Path:
+    """The recipe that is tuned, as it was then."""
+    return folder / "recipe.yaml"
+
+
+def join_folder(asked: Asked, folder: Path) -> Asked:
+    """What is to be done in that folder: of the same bench, a tuning goes on with the cells that it had come to.
+
+    Raises:
+        RunFolderError: it holds another bench, or something else.
+    """
     if folder.exists() and not folder.is_dir():
         raise RunFolderError("the bench folder is a file", where=str(folder), do="give a folder: --out DIR")
     if not (folder / "suite.json").exists():
         if folder.exists() and any(p.name != ".lock" for p in folder.iterdir()):
             do = "give an empty or new folder: --out DIR"
             raise RunFolderError("the folder holds files but no bench", where=str(folder), do=do)
-        return
+        return asked
     before = load_asked(folder)
-    for name in ("suite", "machine", "nodes", "cells"):
-        there, now = getattr(before, name), getattr(asked, name)
+    theirs, ours = _identity(before), _identity(asked)
+    for name in theirs | ours:
+        there, now = theirs.get(name), ours.get(name)
         if there != now:
-            shown = f" ({there!r} there, {now!r} now)" if name != "cells" else ""
+            shown = f" ({there!r} there, {now!r} now)" if name not in _LONG else ""
             raise RunFolderError(
                 f"the folder belongs to another bench; different: {name}{shown}",
                 where=str(folder / "suite.json"),
                 do="take another folder: --out DIR",
             )
+    return asked if asked.tuning is None else before
+
+
+def _identity(asked: Asked) -> dict[str, Any]:
+    """What makes two benches the same. Predictions, and with them candidates, change when rates are measured anew."""
+    same = {name: getattr(asked, name) for name in ("suite", "machine", "nodes")}
+    if asked.tuning is None:
+        return same | {"tuned recipe": None, "cells": asked.cells}
+    tuning = asked.tuning
+    same |= {"tuned recipe": tuning.recipe, "overrides": tuning.sets, "layouts": tuning.n_layouts}
+    return same | {"ranks on a node": asked.cells[-1].ranks_per_node, "what the recipe says": tuning.text}
 
 
 def load_asked(folder: Path) -> Asked:

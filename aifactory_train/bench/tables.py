@@ -102,7 +102,10 @@ class Provenance(NamedTuple):
 
 
 def build_provenance(records: Sequence[Record]) -> Provenance:
-    """What all records say alike, and what differs among them; a value that one of them lacks is no difference."""
+    """What all records say alike, and what differs among them; a value that one of them lacks is no difference.
+
+    `drift` of a record says in what the ranks of that one job differ.
+    """
     seen: dict[str, dict[str, list[str]]] = {}
     for record in records:
         for key, value in _flat(record.provenance):
@@ -110,11 +113,12 @@ def build_provenance(records: Sequence[Record]) -> Provenance:
                 continue
             hosts = seen.setdefault(key, {}).setdefault(value, [])
             hosts += [host for host in record.hosts[:1] if host not in hosts]
-    common = [(key, next(iter(values))) for key, values in seen.items() if len(values) == 1]
+    alike = {key for key, values in seen.items() if len(values) == 1 and not key.startswith("drift.")}
+    common = [(key, next(iter(values))) for key, values in seen.items() if key in alike]
     different = [
         (key, [(value, some(sorted(hosts), 8)) for value, hosts in values.items()])
         for key, values in seen.items()
-        if len(values) > 1
+        if key not in alike
     ]
     return Provenance(common, different)
 

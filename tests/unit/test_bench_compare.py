@@ -159,3 +159,33 @@ def test_a_folder_without_records_is_refused(tmp_path: Path) -> None:
     a = folder(tmp_path, "a", [drawn(100, 1)])
     with pytest.raises(RunFolderError, match="no records here"):
         compare(a, tmp_path)
+
+
+def test_sides_that_should_compute_the_same_are_compared_by_their_fingerprints(tmp_path: Path) -> None:
+    def side(name: str, digest: str, **changes: object) -> Path:
+        record = a_record(**({"id": name, "validity": Validity(fingerprint=digest)} | changes))
+        return write_folder(tmp_path / name, [record], {name: {GEMM: {0: [100.0] * 10}}})
+
+    a = side("a", "aa" * 32)
+    assert "fingerprint of benchmark=gemm" in compare(a, side("b", "aa" * 32))
+    assert "aaaaaaaaaaaa in A and B" in compare(a, side("b", "aa" * 32))
+    text = compare(a, side("c", "bb" * 32))
+    assert "A aaaaaaaaaaaa, B bbbbbbbbbbbb; nothing else differs, so that is silent corruption" in text
+    assert only_row(a, tmp_path / "c").verdict == "invalid" and "no majority" in only_row(a, tmp_path / "c").why
+    new = compare(a, side("d", "bb" * 32, facts={"code_sha256": "other"}))
+    assert "code differ, so they may" in new and "invalid" not in new
+
+
+def test_the_node_of_either_side_that_computes_something_else_is_named(tmp_path: Path) -> None:
+    def side(name: str, *digests: str) -> Path:
+        records = [
+            a_record(id=f"{name}{i}", hosts=[f"n{i}"], validity=Validity(fingerprint=digest))
+            for i, digest in enumerate(digests)
+        ]
+        return write_folder(tmp_path / name, records, {r.id: {GEMM: {0: [100.0] * 10}} for r in records})
+
+    rows = build_comparison(side("a", "aa", "aa", "aa"), side("b", "aa", "aa", "ab")).rows
+    assert [(row.cell.partition(" on ")[2], row.verdict) for row in rows] == [
+        *(("n0", "pass"), ("n1", "pass"), ("n2", "invalid"))
+    ]
+    assert "B: fingerprint is ab on n2, aa on n0, n1, n2" in rows[-1].why

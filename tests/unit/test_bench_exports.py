@@ -134,12 +134,40 @@ def test_csv_has_the_columns_of_caraml_for_a_step() -> None:
             a_metric(flops, [2e12] * 10),
         ],
         energy=[EnergyWindow(scope="gpu", method="nvml_counter", joules=1638.4, seconds=10.0)],
+        facts={"window": {"tokens": 163840}},
     )
     rows = list(csv.DictReader(io.StringIO(render_csv([record, a_record()]))))
     caraml = {"System": "here", "Nodes": "2", "Devices": "4", "GBS": "8192", "PP": "2", "TP": "1", "DP": "2"}
     caraml |= {"Time/iteration": "0.5", "Tokens/second": "16384.0", "Avg_TFLOPs/GPU": "2.0", "JPerToken": "0.01"}
-    assert len(rows) == 4 and all({name: row[name] for name in caraml} == caraml for row in rows[:3])
-    assert (rows[3]["PP"], rows[3]["Median"], rows[3]["CILow"], rows[3]["N"]) == ("", "100.0", "99.8", "10")
+    assert len(rows) == 6 and all({name: row[name] for name in caraml} == caraml for row in rows[:5])
+    assert (rows[5]["PP"], rows[5]["Median"], rows[5]["CILow"], rows[5]["N"]) == ("", "100.0", "99.8", "10")
+
+
+def test_energy_of_a_token_is_in_all_exports_by_scope_and_without_an_interval() -> None:
+    windows = [
+        EnergyWindow(scope="gpu", method="nvml_counter", joules=50.0, seconds=10.0),
+        EnergyWindow(scope="node", method="pm_counters", joules=90.0, seconds=10.0),
+    ]
+    record = judged("pass", energy=windows, facts={"window": {"tokens": 100}, "warnings": ["they disagree"]})
+    rows = [row for row in csv.DictReader(io.StringIO(render_csv([record]))) if row["Unit"] == "J/token"]
+    assert [(row["Scope"], row["Method"], row["Median"], row["CILow"], row["N"]) for row in rows] == [
+        ("gpu", "nvml_counter", "0.5", "", "1"),
+        ("node", "pm_counters", "0.9", "", "1"),
+    ]
+    families = {family.name: family for family in text_string_to_metric_families(render_openmetrics([record]))}
+    found = {
+        (sample.labels["scope"], sample.labels["method"], sample.labels["stat"]): sample.value
+        for sample in families["aifactory_train_energy_per_token_joules"].samples
+    }
+    assert found["gpu", "nvml_counter", "window"] == 0.5 and found["node", "pm_counters", "n"] == 1
+    text = render_markdown([record])
+    name = "aifactory_train_energy_per_token_joules{scope=gpu,method=nvml_counter}"
+    assert f"| {name} | 0.5 J/token | none, one window | 1 | - | - | they disagree |" in text
+
+
+def test_without_a_count_of_tokens_there_is_no_energy_of_a_token() -> None:
+    window = EnergyWindow(scope="gpu", method="nvml_counter", joules=50.0, seconds=10.0)
+    assert "J/token" not in render_csv([judged("pass", energy=[window])])
 
 
 def test_the_patterns_of_jube_find_their_columns() -> None:

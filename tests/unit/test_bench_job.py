@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from aifactory_train.bench.finish import forget_faults, note_faults
+from aifactory_train.bench.faults import forget_faults, note_faults
 from aifactory_train.bench.record import read_record
 from aifactory_train.bench.suites import Suite, build_asked, load_asked, write_asked
 from aifactory_train.cli import main

@@ -2,13 +2,15 @@ import math
 import re
 
 import pytest
+from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from aifactory_train.bench.cells import labels
+from aifactory_train.bench.exports import render_markdown, render_openmetrics
 from aifactory_train.bench.plots import MAX_LINES, Curve, box_plot, build_plot, ecdf, linear_axis, log_axis
 from aifactory_train.bench.record import EnergyWindow, Judgement, Unavailable
-from aifactory_train.bench.report import render_report
-from aifactory_train.bench.scaling import estimate_efficiency
-from aifactory_train.bench.store import BenchDir
+from aifactory_train.bench.report import build_reader, render_report
+from aifactory_train.bench.scaling import estimate_efficiency, estimate_scaling
+from aifactory_train.bench.store import BenchDir, load_records
 from aifactory_train.bench.tables import build_provenance, metric_rows
 from bench_pages import STEP_S, a_collective, a_gemm, a_step, page
 from bench_records import GEMM, PROVENANCE, a_record, write_folder
@@ -85,6 +87,31 @@ def test_weak_and_strong_scaling_are_parted_and_cells_of_another_model_left_out(
     assert "Weak scaling" in html and "Strong scaling" in html and "(N0 = 1)" in html
 
 
+def test_scaling_is_written_for_machines_too_with_its_mode_and_its_smallest_size(tmp_path):
+    steps = [a_step(0, 1, [1.0] * 20), a_step(1, 2, [1.25] * 20, 2000), a_step(2, 4, [0.4] * 20)]
+    folder = write_folder(tmp_path, [r for r, _ in steps], {r.id: samples for r, samples in steps})
+    read, lost = build_reader(BenchDir(folder))
+    weak, strong = estimate_scaling(load_records(folder), read)
+    assert (weak.mode, weak.base_devices, [r.nodes for r in weak.sizes]) == ("weak", 1, [1, 2])
+    assert strong.mode == "strong" and strong.sizes[1].ratio == pytest.approx(0.625, rel=0.01)
+    families = {f.name: f for f in text_string_to_metric_families(render_openmetrics([], [weak, strong]))}
+    samples = families["aifactory_train_scaling_efficiency_ratio"].samples
+    found = {(s.labels["mode"], s.labels["base_gpus"], s.labels["gpus"], s.labels["stat"]): s.value for s in samples}
+    assert found["weak", "1", "2", "ratio"] == pytest.approx(0.8, rel=0.01) and found["strong", "1", "4", "n"] == 20
+    assert found["weak", "1", "2", "ci_low"] <= found["weak", "1", "2", "ratio"] <= found["weak", "1", "2", "ci_high"]
+    assert ("weak", "1", "1", "ci_low") not in found and lost == {}
+    assert "| strong | " in render_markdown([], {"n1": "it is slow"}, [strong])
+
+
+def test_rows_of_a_micro_batch_follow_the_nodes_with_a_constant_batch_alone(tmp_path):
+    one, two = a_step(0, 1, [1.0] * 20), a_step(1, 2, [0.6] * 20)
+    fewer = two[0].model_copy(update={"cell": two[0].cell | {"layout": "dp_shard 2, tp 2, 4 x 2 rows"}})
+    other = two[0].model_copy(update={"cell": two[0].cell | {"layout": "dp_shard 1, tp 4, 8 x 1 rows"}})
+    by_id = {one[0].id: one[1], fewer.id: two[1]}
+    assert [s.mode for s in estimate_scaling([one[0], fewer], lambda record: by_id[record.id])] == ["strong"]
+    assert estimate_scaling([one[0], other], lambda record: by_id[record.id]) == []
+
+
 def test_sections_without_data_are_left_out(tmp_path):
     assert headings(page(tmp_path, a_gemm(0, "n0", 1e12))) == ["All metrics", "Provenance"]
     html = page(tmp_path / "steps", a_step(0, 1, [1.0] * 20))
@@ -136,7 +163,10 @@ def test_a_dip_over_sizes_and_rates_above_the_wire_are_said(tmp_path):
 def test_energy_stands_beside_throughput_and_what_was_not_read_has_its_reason(tmp_path):
     window = EnergyWindow(scope="gpu", method="nvml_counter", joules=4000.0, seconds=20.0)
     missed = Unavailable(probe="rapl", reason="energy_uj: Permission denied")
-    html = page(tmp_path, a_step(0, 1, [1.0] * 20, energy=[window]), a_step(1, 2, [0.5] * 20, unavailable=[missed]))
+    facts = {"window": {"tokens": 20_000}, "warnings": ["4000 J by nvml_counter, 9000 J by nvml_power"]}
+    measured = a_step(0, 1, [1.0] * 20, energy=[window], facts=facts)
+    html = page(tmp_path, measured, a_step(1, 2, [0.5] * 20, unavailable=[missed]))
+    assert "Energy disagrees" in html and "9000 J by nvml_power" in html
     assert "0.2 J/token" in html and "200 W" in html and "not read" in html
     assert "energy_uj: Permission denied" in html and "(1 of 2 records)" in html
 

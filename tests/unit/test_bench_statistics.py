@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import statistics
 
 import pytest
 
@@ -11,11 +12,10 @@ from aifactory_train.bench.metric_names import NAMES
 from aifactory_train.bench.statistics import (
     Dip,
     Spike,
-    block_interval,
     dips,
     median_interval,
-    olympic_mean,
     outlier_nodes,
+    over_jobs_interval,
     spikes,
     steady_from,
     summarize,
@@ -81,24 +81,16 @@ def test_no_samples_and_broken_samples_are_refused() -> None:
 def test_the_interval_over_jobs_is_wider_than_that_of_their_pooled_steps() -> None:
     draw = random.Random(2)
     jobs = [[level + draw.gauss(0, 0.1) for _ in range(50)] for level in (10, 11, 12, 13, 14)]
-    over_jobs = block_interval(jobs)
+    over_jobs = over_jobs_interval([statistics.median(job) for job in jobs])
     pooled = median_interval([step for job in jobs for step in job])
     assert over_jobs is not None and pooled is not None
     assert over_jobs[1] - over_jobs[0] > 2 * (pooled[1] - pooled[0])
     assert over_jobs[0] < 12 < over_jobs[1]
-    assert block_interval(jobs) == over_jobs != block_interval([job[:25] for job in jobs])
 
 
 def test_the_interval_over_equal_jobs_is_a_point_and_two_jobs_have_none() -> None:
-    assert block_interval([[3.0, 3.0], [3.0], [3.0, 3.0, 3.0]]) == (3.0, 3.0)
-    assert block_interval([[1.0, 2.0], [3.0]]) is None
-    with pytest.raises(ValueError, match="job 1 of 3 has no samples"):
-        block_interval([[1.0], [], [1.0]])
-
-
-def test_the_olympic_mean_leaves_out_the_best_and_the_worst() -> None:
-    assert olympic_mean([100.0, 3.0, 1.0, 2.0, -50.0]) == 2.0
-    assert olympic_mean([1.0, 2.0, 3.0, 4.0]) is None
+    assert over_jobs_interval([3.0, 3.0, 3.0]) == (3.0, 3.0)
+    assert over_jobs_interval([1.0, 2.0]) is None
 
 
 def test_steady_is_where_two_windows_agree() -> None:

@@ -13,8 +13,8 @@ from aifactory_train.bench.suites import (
     build_asked,
     cell_words,
     cells_to_run,
-    check_folder,
     check_nodes,
+    join_folder,
     load_asked,
     load_suite,
     programs_dir,
@@ -112,22 +112,22 @@ def test_what_was_asked_is_read_back_as_it_was_written(tmp_path):
     asked = an_asked(hosts=["n1"])
     write_asked(asked, tmp_path)
     assert load_asked(tmp_path) == asked
-    check_folder(an_asked(), tmp_path)
+    join_folder(an_asked(), tmp_path)
 
 
 @pytest.mark.parametrize("changes", [{"suite": "other"}, {"machine": "other"}, {"nodes": 2}, {"cells": []}])
 def test_a_folder_of_another_bench_is_refused(tmp_path, changes):
     write_asked(an_asked(), tmp_path)
     with pytest.raises(RunFolderError, match=f"different: {next(iter(changes))}"):
-        check_folder(an_asked(**changes), tmp_path)
+        join_folder(an_asked(**changes), tmp_path)
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "thesis.txt").touch()
     with pytest.raises(RunFolderError, match="no bench"):
-        check_folder(an_asked(), tmp_path)
+        join_folder(an_asked(), tmp_path)
     with pytest.raises(RunFolderError, match="is a file"):
-        check_folder(an_asked(), tmp_path / "thesis.txt")
+        join_folder(an_asked(), tmp_path / "thesis.txt")
 
 
 def test_only_what_has_not_ended_well_is_run_again(tmp_path):
