@@ -287,20 +287,22 @@ class Program:
 
     def end(self, error: BaseException) -> None:
         """Say what happened, leave a record of it, and end this process: nothing that hangs is waited for."""
+        if threading.current_thread() is threading.main_thread():
+            # A launcher sends it when a rank has died, which may be what ends us already.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         ours, asked = error if isinstance(error, AifactoryError) else None, isinstance(error, Interrupted)
         what = ours.what if ours else f"{type(error).__name__}: {error}"
         print(ours.render() if ours else "".join(traceback.format_exception(error)), file=sys.stderr, flush=True)
         identity = new_id(self.benchmark)
-        if asked:  # a launcher that ends the ranks of a dead one leaves them a part of a second
-            self._write_fault(identity, what, [])
         missing = error.ranks if isinstance(error, Missing) else []
-        if self.control.size > 1 and not isinstance(error, Missing):
+        # Before others are asked: a launcher that ends the ranks of a dead one leaves them a part of a second.
+        self._write_fault(identity, what, missing)
+        if self.control.size > 1 and not missing:
             # A rank that has died shows as a broken connection in the work of the others, or as that signal.
             limit_s = SIGNAL_ROLL_CALL_S if asked else min(ROLL_CALL_S, self.options.timeout_s)
             missing = self.control.roll_call(limit_s, linger=not asked)
-            what += f"; missing: {self.control.names(missing)}" if missing else ""
-        if missing or not asked:
-            self._write_fault(identity, what, missing)
+            if missing:
+                self._write_fault(identity, f"{what}; missing: {self.control.names(missing)}", missing)
         sys.stdout.flush()
         sys.stderr.flush()
         # MPI_Finalize and the threads of torch would wait for ranks that are gone.

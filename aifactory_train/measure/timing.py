@@ -36,7 +36,8 @@ class Limits:
     many as fill `window_s`: the median of ten calls of microseconds changes by more than that for ever. Samples are
     taken until there are `min_samples` over `min_window_s`, and half of the 95 % interval of the median is below
     `ci_half_width_frac` of it, or `budget_s` are over.
-    The budget holds for the samples, and once more for the calls after the soak that are discarded.
+    The budget holds for the samples, and once more for the calls after the soak that are discarded; where it is over
+    before there are two windows, these get it a second time.
     """
 
     soak_s: float
@@ -55,12 +56,22 @@ class Limits:
         return (
             f"at least {self.min_warmup} calls and {self.soak_s:g} s; then until the medians of two successive windows "
             f"of {self.window} calls, or of {self.window_s:g} s where that is more, differ by less than "
-            f"{self.change_frac:.1%}, {self.max_windows} windows or {self.budget_s:g} s at most"
+            f"{self.change_frac:.1%}, {self.max_windows} windows or {self.budget_s:g} s at most, "
+            f"{2 * self.budget_s:g} s for the first two"
         )
 
-    def window_calls(self, call_s: float) -> int:
-        """Calls of a window, where one takes so long."""
-        return max(self.window, min(CHUNK_CALLS, int(self.window_s / max(call_s, 1e-9))))
+    def window_calls(self, work_s: float, call_s: float) -> int:
+        """Calls of a window, where the work of one takes `work_s`, and `call_s` with all that is around it.
+
+        What is around it, a flush of the caches say, may take far longer: four windows shall fit into the budget.
+        """
+        fill, room = self.window_s / max(work_s, 1e-9), self.budget_s / 4 / max(call_s, 1e-9)
+        return max(self.window, min(CHUNK_CALLS, int(fill), int(room)))
+
+    def is_spent(self, seconds: float, windows: float) -> bool:
+        """Whether no more calls are discarded: after so many seconds and windows."""
+        budget_s = self.budget_s if windows >= 2 else 2 * self.budget_s
+        return seconds > budget_s or windows >= self.max_windows
 
 
 @dataclass(frozen=True)
@@ -96,10 +107,9 @@ def warm_up(
             if soaked_s is None:
                 more = _chunk_calls(call_s, limits.soak_s - (now_s - begin_s))
             else:
-                tail, window = series[tested_from:], window or limits.window_calls(statistics.median(slowest))
+                tail, window = series[tested_from:], window or limits.window_calls(statistics.median(slowest), call_s)
                 steady = steady_from(tail, window, limits.change_frac) is not None
-                spent = now_s - soaked_s > limits.budget_s or len(tail) >= limits.max_windows * window
-                more = 0 if steady or spent else window
+                more = 0 if steady or limits.is_spent(now_s - soaked_s, len(tail) / window) else window
         more, steady, call_s = control.broadcast([more, steady, call_s], timeout_s)
     return WarmUp(n_calls, steady, call_s)
 

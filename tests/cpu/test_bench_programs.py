@@ -24,15 +24,18 @@ QUICK = ("--budget-s", "0.2")
 
 BROKEN = '''
 """A benchmark whose last rank breaks in the middle of a cell."""
-import os, signal, sys, time
+import os, signal, sys, threading, time
 from aifactory_train.measure.program import Quantity, start
 
 def add_options(parser):
     parser.add_argument("--how")
 
 def die(program, calls):
+    if program.control.rank == 0 and len(calls) == 12 and program.options.how == "terminated":
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        raise RuntimeError("connection reset by peer")
     if program.control.rank == program.control.size - 1 and len(calls) == 12:
-        if program.options.how == "killed":
+        if program.options.how in ("killed", "terminated"):
             os.kill(os.getpid(), signal.SIGKILL)
         if program.options.how == "hangs":
             time.sleep(600)
@@ -104,6 +107,13 @@ def test_a_killed_rank_is_named_within_the_time_out_and_in_a_record(tmp_path):
     assert "1 of 2 ranks did not answer within 5 s: 1 on " in record.fault
     assert record.facts["missing_ranks"] == [1] and record.metrics == []
     assert "Traceback" not in done.stderr and "  do:" in done.stderr
+
+
+def test_a_launchers_signal_does_not_end_a_rank_that_is_asking_who_is_left(tmp_path):
+    done = run(MPIRUN, broken(tmp_path), tmp_path, "--how", "terminated", "--timeout-s", "5")
+    record = the_record(done, tmp_path)
+    assert record.fault.startswith("RuntimeError: connection reset by peer; missing: 1 on ")
+    assert record.facts["missing_ranks"] == [1] and done.returncode != 0
 
 
 def test_work_that_hangs_ends_with_a_record(tmp_path):

@@ -15,7 +15,7 @@ programs:
   - program: gemm
     scope: node
     budget_s: 20
-    cpu: --change-frac 10 --dtypes fp32 --sizes 64 --budget-s 0.2
+    cpu: --change-frac 1000 --dtypes fp32 --sizes 64 --budget-s 2
 """
 PAGES = ("summary.md", "report.html", "junit.xml", "metrics.prom", "bmf.json", "result.csv", "passing_nodes.txt")
 

@@ -23,6 +23,15 @@ def script(monkeypatch: pytest.MonkeyPatch, times_s: Iterator[float]) -> None:
     monkeypatch.setattr(timing, "time_calls", lambda work, device, before, n: [next(times_s) for _ in range(n)])
 
 
+class Clock:
+    """In place of time.monotonic."""
+
+    now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
 class Samples(NamedTuple):
     seconds: list[float]
     warmup_steps: int
@@ -99,6 +108,23 @@ def test_all_ranks_make_as_many_calls_as_rank_0_decides(monkeypatch):
 
     first, second = run_ranks(2, work_of)
     assert first == second
+
+
+def test_a_budget_holds_four_windows_whatever_is_around_the_work(monkeypatch):
+    monkeypatch.setattr(timing.time, "monotonic", clock := Clock())
+
+    def time_calls(work, device, before, n):
+        clock.now_s += n * 0.01
+        return [1e-5] * n
+
+    monkeypatch.setattr(timing, "time_calls", time_calls)
+    assert measured(Limits(soak_s=0.0, budget_s=2.0)).warmup_steps == 10 + 2 * 50
+
+
+def test_two_windows_get_the_budget_twice():
+    limits = Limits(soak_s=0.0, budget_s=1.0)
+    assert not limits.is_spent(1.5, windows=1.9) and limits.is_spent(1.5, windows=2.0)
+    assert limits.is_spent(2.1, windows=1.9) and limits.is_spent(0.1, windows=limits.max_windows)
 
 
 def test_windows_of_short_calls_last_a_tenth_of_a_second(monkeypatch):
