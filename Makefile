@@ -38,7 +38,7 @@ help:
 	@echo 'make parity       every layout against one process, the long list too; writes docs/parity.md'
 	@echo 'make check        format, types, house rules, fast tests: under a minute'
 	@echo 'make bench-smoke  the smoke suite here, in 2 minutes, into bench-results/smoke'
-	@echo 'make bench-peers  our tokens/s beside those of transformers.Trainer, measured in turns'
+	@echo 'make bench-peers  our tokens/s beside those of other frameworks, measured in turns'
 	@echo 'make bench-checkpoint  a checkpoint of 1 B parameters beside dd: 25 GB of disk, 14 GB of memory, 10 minutes'
 	@echo 'make plan-accuracy  the planner beside published runs, with fits (4 minutes); ROWS=FILE.csv: other rows, no fit'
 	@echo 'make gpu-check    one GPU, 8 minutes: parity, memory, host syncs and speed into benchmarks/results/'
@@ -86,7 +86,7 @@ bench-smoke: $(VENV)/.installed
 bench-peers: $(VENV)/.installed-test
 	$(call title,prepare: the text of the yardstick)
 	@$(RUN) prepare $(YARDSTICK)
-	$(call title,compare: ours and transformers.Trainer in turns)
+	$(call title,compare: ours and others in turns)
 	@$(BIN)/python benchmarks/peers/compare.py
 
 bench-checkpoint: $(VENV)/.installed-test

@@ -40,6 +40,11 @@ def ratio_of_medians(ours: Sequence[Block], theirs: Sequence[Block], seed: int =
     return Ratio(_ratio(ours, theirs, range(n)), ratios[round(0.025 * RESAMPLES)], ratios[round(0.975 * RESAMPLES) - 1])
 
 
+def ratio_line(name: str, ratio: float, low: float, high: float) -> str:
+    """The line that a reader or a script looks for."""
+    return f"ratio_to {name} {ratio:.3f} low {low:.3f} high {high:.3f}"
+
+
 def _ratio(ours: Sequence[Block], theirs: Sequence[Block], pairs: Sequence[int]) -> float:
     return _median(ours, pairs) / _median(theirs, pairs)
 

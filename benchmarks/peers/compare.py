@@ -1,123 +1,91 @@
-"""Our tokens/s beside those of transformers.Trainer, on the yardstick, measured in turns on one machine.
+"""Our tokens/s beside those of others that train the same step, measured in turns on one machine.
 
-Each side is one process that lives through the whole comparison (worker.py); blocks of steps alternate ABBA, one
-process at a time. The first steps of each side, and the first step of each block, do not count. Writes
-benchmarks/results/peers-DATE.json and prints as its last line `ratio_to_trainer R low LOW high HIGH`.
+On a CPU: configs/recipes/cpu-yardstick.yaml with 1 and with 2 processes. On GPUs: the shapes of Llama 3 1B and 8B at
+4096 tokens (recipes/), with 1 process and with one per GPU. Each peer runs in its own virtual environment (venvs.py) as
+a group of processes (sides.py). Blocks of steps go forwards and backwards through the sides (ABBA), one side at a time.
+
+Writes benchmarks/results/peers-DATE.json and prints for each peer a line `ratio_to PEER@PROCESSES R low LOW high HIGH`:
+our tokens/s over theirs, with a 95 % interval. Exit code 1 where a peer could not be measured, with the reason.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
 import statistics
-import subprocess
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from aifactory_train.bench.paired import MIN_BLOCKS, Block, order_of_turns, ratio_of_medians
+from aifactory_train.bench.paired import MIN_BLOCKS, ratio_line, ratio_of_medians
+from aifactory_train.errors import AifactoryError, PlanError
+from aifactory_train.machine.machine import Machine
+from aifactory_train.machine.probe import probe_local
 from aifactory_train.recipe.load import load_recipe
 from aifactory_train.recipe.schema import fingerprint
 from aifactory_train.results.provenance import provenance
 from aifactory_train.rundir import write_atomic
-from worker import RECIPE, THREADS
+from measure import Comparison
+from sides import OURS, PROGRAMS
+from tasks import build_task
+from venvs import NotInstalled, build_venv, installed_versions
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-SIDES = {"ours": ["ours.py"], "trainer": ["hf_trainer.py"], "trainer_compile": ["hf_trainer.py", "--compile"]}
+WORK = ROOT / "bench-results" / "peers"
+CPU_RECIPES = [ROOT / "configs" / "recipes" / "cpu-yardstick.yaml"]
+GPU_RECIPES = [HERE / "recipes" / "llama3-1b.yaml", HERE / "recipes" / "llama3-8b.yaml"]
+PEERS = ["trainer", "accelerate", "deepspeed", "litgpt", "torchtitan"]
+ON_GPU_ALONE = {"torchtitan": "torchtitan 0.3.0 imports triton, which a torch for CPUs does not bring"}
 
 
-class Side:
-    """One long-lived process of the comparison."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        command = [sys.executable, str(HERE / SIDES[name][0]), *SIDES[name][1:], "--serve"]
-        env = {**os.environ, "OMP_NUM_THREADS": str(THREADS)}
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=env
-        )
-
-    def run(self, steps: int) -> dict[str, Any]:
-        """Make that many steps; the answer of worker.py."""
-        stdin, stdout = self._process.stdin, self._process.stdout
-        assert stdin is not None and stdout is not None
+def find_pythons(peers: list[str], failed: dict[str, str]) -> dict[str, str]:
+    """The interpreter of each side, ours first; why a peer has none goes into `failed`."""
+    pythons = {OURS: sys.executable}
+    for peer in peers:
         try:
-            stdin.write(f"run {steps}\n")
-            stdin.flush()
-            line = stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        if not line:
-            raise SystemExit(f"{self.name} ended with exit code {self._process.wait()}; its own words stand above")
-        return json.loads(line)
-
-    def close(self) -> None:
-        """Ask it to end; end it where it does not."""
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.close()
-        except BrokenPipeError:
-            pass  # it has ended already, which is what we want
-        try:
-            self._process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+            pythons[peer] = str(build_venv(PROGRAMS[peer].venv))
+        except NotInstalled as error:
+            failed[peer] = f"cannot be installed: {error}"
+            print(f"{peer}: {failed[peer]}", flush=True)
+    return pythons
 
 
-@contextmanager
-def started(name: str) -> Iterator[Side]:
-    side = Side(name)
-    try:
-        yield side
-    finally:
-        side.close()
+def compare(recipe: Path, machine: Machine, processes: int, pythons: dict[str, str], args: argparse.Namespace) -> Any:
+    """One comparison, as the result file has it."""
+    print(f"\n== {recipe.stem}, {processes} process{'es' if processes > 1 else ''}", flush=True)
+    task, plan = build_task(recipe, machine, processes, WORK / recipe.stem / str(processes))
+    comparison = Comparison(task, pythons)
+    comparison.measure(args.blocks, args.steps, args.warmup)
+    rates = {name: comparison.rates(name) for name, blocks in comparison.blocks.items() if blocks}
+    peers = [name for name in rates if name != OURS] if OURS in rates else []
+    return {
+        "recipe": recipe.relative_to(ROOT).as_posix(),
+        "recipe_hash": fingerprint(load_recipe(recipe)),
+        "processes": processes,
+        "threads": task.threads,
+        "layout": plan.layout.model_dump(mode="json"),
+        "warm_up_loss": comparison.loss,
+        "failed": comparison.failed,
+        "median_tokens_per_s": {n: statistics.median(r for block in rates[n] for r in block) for n in rates},
+        "ratio_to": {name: ratio_of_medians(rates[OURS], rates[name])._asdict() for name in peers},
+        "tokens_per_s": rates,
+    }
 
 
-def measure(names: list[str], args: argparse.Namespace) -> dict[str, list[Block]]:
-    """Tokens/s of each step that counts, by side and block."""
-    rates: dict[str, list[Block]] = {name: [] for name in names}
-    with ExitStack() as stack:
-        sides = []
-        for name in names:
-            start_s = time.perf_counter()
-            sides.append(stack.enter_context(started(name)))
-            sides[-1].run(args.warmup)
-            print(f"{name}: {args.warmup} warm-up steps in {time.perf_counter() - start_s:.0f} s", flush=True)
-        turns = order_of_turns(len(names), args.blocks)
-        for number, turn in enumerate(turns, 1):
-            side = sides[turn]
-            answer = side.run(1 + args.steps)
-            block = [answer["tokens_per_step"] / s for s in answer["step_s"][1:]]
-            rates[side.name].append(block)
-            print(
-                f"block {number:2d} of {len(turns)}  {side.name:16s} {statistics.median(block):6.0f} tokens/s",
-                flush=True,
-            )
-    return rates
-
-
-def circumstances(args: argparse.Namespace) -> dict[str, Any]:
+def circumstances(args: argparse.Namespace, peers: list[str]) -> dict[str, Any]:
     """Everything one needs to judge or repeat the numbers. Ends the program where there is no commit to name."""
     facts = provenance()
     if facts["git_sha"] is None:
         raise SystemExit("no result without a commit to name\n  do:    run it in a git checkout, with git installed")
-    facts["versions"]["accelerate"] = importlib.metadata.version("accelerate")
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         **facts,
-        "recipe": RECIPE.relative_to(ROOT).as_posix(),
-        "recipe_hash": fingerprint(load_recipe(RECIPE)),
+        "versions_of_peers": {peer: installed_versions(PROGRAMS[peer].venv) for peer in peers},
         "cores": os.cpu_count(),
-        "threads": THREADS,
         "load_1min_before": round(os.getloadavg()[0], 2),
         "arguments": vars(args),
     }
@@ -132,32 +100,70 @@ def result_path(day: str) -> Path:
     raise SystemExit(f"{RESULTS} has 999 results of {day}; remove some")
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def print_ratios(comparisons: list[dict[str, Any]]) -> None:
+    """The table and the lines of each comparison, the same for all."""
+    for row in comparisons:
+        print(f"\n{Path(row['recipe']).stem}, processes: {row['processes']}")
+        for name, rate in row["median_tokens_per_s"].items():
+            print(f"{name:16s} {rate:8.0f} tokens/s")
+        for name, ratio in row["ratio_to"].items():
+            print(ratio_line(f"{name}@{row['processes']}", **ratio))
+
+
+def parse_arguments(argv: list[str] | None, machine: Machine) -> argparse.Namespace:
+    on_cpu = machine.device.kind == "cpu"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [name for name in PROGRAMS if name != OURS]
+    parser.add_argument("--peers", nargs="+", default=PEERS, choices=names, metavar="NAME", help=", ".join(names))
+    processes = [1, 2] if on_cpu else sorted({1, machine.device.per_node})
+    parser.add_argument("--processes", type=int, nargs="+", default=processes, metavar="N", help="of each side")
     parser.add_argument("--blocks", type=int, default=8, help=f"blocks of each side, at least {MIN_BLOCKS}")
     parser.add_argument("--steps", type=int, default=6, help="steps of a block that count")
-    parser.add_argument("--warmup", type=int, default=4, help="steps of each side before the first block")
-    parser.add_argument("--with-compile", action="store_true", help="measure Trainer with torch.compile as well")
+    parser.add_argument("--warmup", type=int, default=4, help="steps of each side before its first block")
     args = parser.parse_args(argv)
     if args.blocks < MIN_BLOCKS or args.steps < 1 or args.warmup < 1:
         parser.error(f"--blocks {args.blocks} --steps {args.steps} --warmup {args.warmup}: at least {MIN_BLOCKS}, 1, 1")
+    return args
 
-    result: dict[str, Any] = {"schema": "aifactory-peers/1", **circumstances(args)}
-    names = ["ours", "trainer", *(["trainer_compile"] if args.with_compile else [])]
-    rates = measure(names, args)
-    result["load_1min_after"] = round(os.getloadavg()[0], 2)
-    result["median_tokens_per_s"] = {n: statistics.median(r for b in rates[n] for r in b) for n in names}
-    result["ratio_to"] = {n: ratio_of_medians(rates["ours"], rates[n])._asdict() for n in names[1:]}
-    result["tokens_per_s"] = rates
-    path = result_path(result["date"][:10])
-    write_atomic(path, json.dumps(result, indent=1) + "\n")
 
-    for name in names:
-        print(f"{name:16s} {result['median_tokens_per_s'][name]:6.0f} tokens/s")
-    print(os.path.relpath(path, ROOT))
-    for name in reversed(names[1:]):
-        print("ratio_to_{} {ratio:.3f} low {low:.3f} high {high:.3f}".format(name, **result["ratio_to"][name]))
+def main(argv: list[str] | None = None) -> int:
+    machine = probe_local()
+    args = parse_arguments(argv, machine)
+    on_cpu = machine.device.kind == "cpu"
+    peers = []
+    for peer in dict.fromkeys(args.peers):
+        if on_cpu and peer in ON_GPU_ALONE:
+            print(f"{peer}: on a GPU only: {ON_GPU_ALONE[peer]}")
+        else:
+            peers.append(peer)
+    failed: dict[str, str] = {}
+    pythons = find_pythons(peers, failed)
+    result: dict[str, Any] = {"schema": "aifactory-peers/2", **circumstances(args, list(pythons)[1:])}
+    comparisons, left_out = [], {}
+    for recipe in CPU_RECIPES if on_cpu else GPU_RECIPES:
+        for processes in args.processes:
+            try:
+                comparisons.append(compare(recipe, machine, processes, pythons, args))
+            except PlanError as error:  # a model that does not fit is no fault of a peer
+                left_out[f"{recipe.stem}@{processes}"] = str(error)
+                print(f"left out: {error}", flush=True)
+    for row in comparisons:
+        failed |= {f"{name}@{row['processes']}": reason for name, reason in row["failed"].items()}
+    result |= {"load_1min_after": round(os.getloadavg()[0], 2), "failed": failed, "left_out": left_out}
+    result["comparisons"] = comparisons
+    print_ratios(comparisons)
+    if any(row["ratio_to"] for row in comparisons):
+        path = result_path(result["date"][:10])
+        write_atomic(path, json.dumps(result, indent=1) + "\n")
+        print(os.path.relpath(path, ROOT))
+    for name, reason in failed.items():
+        print(f"not measured: {name}: {reason}")
+    return 1 if failed or not comparisons else 0
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        sys.exit(main())
+    except AifactoryError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)

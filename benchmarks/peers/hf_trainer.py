@@ -1,31 +1,28 @@
-"""transformers.Trainer on the yardstick: the shape, the rows and the arithmetic of configs/recipes/cpu-yardstick.yaml.
+"""transformers.Trainer on the task: its defaults (fused AdamW, sdpa attention), DDP where there are several ranks.
 
-What the recipe does not say stays at Trainer's defaults (fused AdamW, sdpa attention). The rows are read into memory
-before the first step, which is in Trainer's favour.
+What differs: autocast keeps the weights in float32 and casts them at each use; a row of T tokens has T - 1 targets.
+The rows are in memory before the first step, which is in Trainer's favour. With "compile" as the last argument:
+Trainer with torch_compile=True.
 """
 
 from __future__ import annotations
 
-import argparse
-import tempfile
+import sys
 import time
 from typing import Any
 
 import torch
 from torch.utils.data import Dataset
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from aifactory_train.recipe.schema import Recipe
-from worker import THREADS, Blocks, parse_arguments, yardstick
-
-ROWS_OF_STEPS = 64  # more distinct rows than fit into a cache; Trainer begins anew after them
+from worker import Blocks, Task, load_task, wait_for_device
 
 
 class Rows(Dataset):
-    """The rows of the first steps, in their order; Trainer shifts the labels itself."""
+    """The rows of all ranks, which Trainer deals out in their order; it shifts the labels itself."""
 
-    def __init__(self, input_RT: torch.Tensor) -> None:
-        self._input_RT = input_RT
+    def __init__(self, rows_RT: torch.Tensor) -> None:
+        self._input_RT = rows_RT[:, :-1]
 
     def __len__(self) -> int:
         return len(self._input_RT)
@@ -34,12 +31,24 @@ class Rows(Dataset):
         return {"input_ids": self._input_RT[index], "labels": self._input_RT[index]}
 
 
+class KeepsLosses(Trainer):
+    """Its own losses of micro-batches since they were last taken, left on the device."""
+
+    losses: list[torch.Tensor]
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        result = super().compute_loss(*args, **kwargs)
+        self.losses.append((result[0] if isinstance(result, tuple) else result).detach())
+        return result
+
+
 class Clock(TrainerCallback):
     """Times from the end of one step to the end of the next, and waits between blocks."""
 
-    def __init__(self, blocks: Blocks, first_block: int) -> None:
-        self._blocks = blocks
-        self._left = first_block
+    trainer: KeepsLosses
+
+    def __init__(self, blocks: Blocks, first_block: int, accumulation: int) -> None:
+        self._blocks, self._left, self._accumulation = blocks, first_block, accumulation
         self._step_s: list[float] = []
         self._start_s = 0.0
 
@@ -47,78 +56,59 @@ class Clock(TrainerCallback):
         self._start_s = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        wait_for_device()
         now_s = time.perf_counter()
         self._step_s.append(now_s - self._start_s)
         self._start_s = now_s
         self._left -= 1
         if self._left == 0:
-            self._blocks.answer(self._step_s)
-            self._step_s = []
+            # With several micro-batches Trainer divides each loss by the tokens of all of them.
+            losses = torch.stack(self.trainer.losses).view(-1, self._accumulation).sum(1)
+            self._blocks.answer(self._step_s, losses.tolist())
+            self._step_s, self.trainer.losses = [], []
             self._left = self._blocks.next()
             control.should_training_stop = self._left == 0
             self._start_s = time.perf_counter()
 
 
-def build_model(recipe: Recipe) -> LlamaForCausalLM:
-    m = recipe.model
-    config = LlamaConfig(
-        vocab_size=m.vocab_size,
-        hidden_size=m.hidden_size,
-        intermediate_size=m.ffn_size,
-        num_hidden_layers=m.n_layers,
-        num_attention_heads=m.n_heads,
-        num_key_value_heads=m.n_kv_heads,
-        head_dim=m.head_size,
-        max_position_embeddings=m.max_seq_len_tokens,
-        rope_parameters={"rope_type": "default", "rope_theta": m.rope_theta},
-        rms_norm_eps=m.norm_eps,
-        tie_word_embeddings=m.tied_embeddings,
-        use_cache=False,
-    )
-    return LlamaForCausalLM(config)
-
-
-def training_arguments(recipe: Recipe, folder: str, compiled: bool) -> TrainingArguments:
+def training_arguments(task: Task, compiled: bool) -> TrainingArguments:
     return TrainingArguments(
-        output_dir=folder,
-        per_device_train_batch_size=recipe.global_batch_rows,
+        output_dir=str(task.folder / "trainer"),
+        per_device_train_batch_size=task.micro_batch_rows,
+        gradient_accumulation_steps=task.accumulation,
         max_steps=10**6,
-        learning_rate=recipe.optim.lr,
-        weight_decay=recipe.optim.weight_decay,
-        adam_beta1=recipe.optim.beta1,
-        adam_beta2=recipe.optim.beta2,
-        adam_epsilon=recipe.optim.eps,
-        max_grad_norm=recipe.optim.grad_clip_norm,
-        bf16=recipe.train.precision == "bf16",
-        use_cpu=True,
+        learning_rate=task.lr,
+        lr_scheduler_type="constant",
+        weight_decay=task.weight_decay,
+        adam_beta1=task.beta1,
+        adam_beta2=task.beta2,
+        adam_epsilon=task.eps,
+        max_grad_norm=task.grad_clip_norm,
+        bf16=True,
+        use_cpu=task.device == "cpu",
+        gradient_checkpointing=task.recompute,
         torch_compile=compiled,
         train_sampling_strategy="sequential",
-        dataloader_pin_memory=False,
+        dataloader_pin_memory=task.device != "cpu",
+        logging_strategy="no",
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
-        seed=recipe.train.seed,
     )
 
 
-def main(args: argparse.Namespace) -> None:
-    torch.set_num_threads(THREADS)
-    recipe, loader = yardstick()
-    input_RT = torch.cat([loader.batch(step).input_BT for step in range(ROWS_OF_STEPS)])
-    blocks = Blocks(args, recipe.train.global_batch_tokens)
+def main() -> None:
+    task, blocks = load_task(), Blocks()
     first_block = blocks.next()
     if not first_block:
         return
-    torch.manual_seed(recipe.train.seed)
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(
-            model=build_model(recipe),
-            args=training_arguments(recipe, folder, args.compile),
-            train_dataset=Rows(input_RT),
-            callbacks=[Clock(blocks, first_block)],
-        )
-        trainer.train()
+    model = LlamaForCausalLM.from_pretrained(task.weights, dtype=torch.float32, use_cache=False)
+    clock = Clock(blocks, first_block, task.accumulation)
+    arguments = training_arguments(task, compiled=sys.argv[-1] == "compile")
+    clock.trainer = KeepsLosses(model, arguments, train_dataset=Rows(task.rows()), callbacks=[clock])
+    clock.trainer.losses = []
+    clock.trainer.train()
 
 
 if __name__ == "__main__":
-    main(parse_arguments(__doc__))
+    main()

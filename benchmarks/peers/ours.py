@@ -1,35 +1,37 @@
-"""aifactory-train on the yardstick: the engine and loader of `aifactory-train train`, one process, no launcher."""
+"""aifactory-train on the task: the engine, loader and plan of `aifactory-train train`, without its launcher.
+
+The recipe is beside the task as recipe.yaml: it reads the rows through the loader, from the prepared folder.
+"""
 
 from __future__ import annotations
 
-import argparse
-
-import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from aifactory_train.machine.probe import probe_local
-from aifactory_train.plan.plan import make_plan
+from aifactory_train.data.shards import load_prepared
+from aifactory_train.plan.plan import load_plan
 from aifactory_train.train.ranks import find_ranks, join
-from aifactory_train.train.setup import build_engine
-from worker import THREADS, parse_arguments, serve, yardstick
+from aifactory_train.train.setup import build_engine, build_loader
+from worker import load_task, serve
 
 
-def main(args: argparse.Namespace) -> None:
-    recipe, loader = yardstick()
-    plan = make_plan(recipe, probe_local())
-    torch.set_num_threads(THREADS)
-    device = torch.device("cpu")
-    join(find_ranks(), device)
+def main() -> None:
+    task = load_task()
+    plan = load_plan(task.folder / "plan.json")
+    ranks, device = find_ranks(), task.torch_device()
+    join(ranks, device)
     engine = build_engine(plan, device, fresh=True)
+    loader = build_loader(plan, ranks, load_prepared(plan.recipe.data), pin_memory=device.type == "cuda")
     steps = enumerate(loader.batches(0), start=1)
 
-    def step() -> float:
+    def step() -> Tensor:
         number, batch = next(steps)
-        return engine.train_step(batch, number).loss_sum.item()
+        stats = engine.train_step(batch, number)
+        return stats.loss_sum * ranks.world_size / stats.n_valid_tokens
 
-    serve(step, recipe.train.global_batch_tokens, args)
+    serve(step)
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(parse_arguments(__doc__))
+    main()

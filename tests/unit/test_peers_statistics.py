@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import random
-import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-import compare
-from aifactory_train.bench.paired import order_of_turns, ratio_of_medians
-
-PEERS = Path(__file__).resolve().parents[2] / "benchmarks" / "peers"
+import sides
+import venvs
+from aifactory_train.bench.paired import order_of_turns, ratio_line, ratio_of_medians
+from measure import Comparison
+from sides import OURS, Program
+from worker import Task
 
 
 def test_turns_go_forwards_and_backwards() -> None:
@@ -58,60 +57,69 @@ def test_too_few_or_unpaired_blocks_are_refused() -> None:
 
 
 SIDE = """
-import sys, time
-from worker import parse_arguments, serve
+import torch
+from worker import serve
 def step():
     print("a library talks")
-    time.sleep(0.01)
-serve(step, 100, parse_arguments(None))
+    return torch.tensor(LOSS)
+serve(step)
 """
 
 
-def answers(stdin: str, *flags: str) -> list[dict]:
-    done = subprocess.run(
-        [sys.executable, "-c", SIDE, *flags], input=stdin, capture_output=True, text=True, cwd=PEERS, timeout=60
-    )
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
+def a_task(folder: Path, processes: int) -> Task:
+    return Task(
+        folder, device="cpu", seq_len_tokens=50, global_batch_rows=2, micro_batch_rows=1, processes=processes,
+        threads=1, recompute=False, lr=1e-3, weight_decay=0.1, beta1=0.9, beta2=0.95, eps=1e-8, grad_clip_norm=1.0,
+    )  # fmt: skip
 
 
-def test_a_side_answers_each_block_and_ends_with_its_input() -> None:
-    first, second = answers("run 2\nrun 3\n", "--serve")
-    assert (len(first["step_s"]), len(second["step_s"])) == (2, 3)
-    assert second["tokens_per_step"] == 100 and 100 < second["tokens_per_s"] < 100 / 0.01
+def a_comparison(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, peer: str, processes: int = 2, peer_loss: str = "7.0"
+) -> Comparison:
+    """Of ours and one peer, which is that code."""
+    for name, code in ((OURS, SIDE.replace("LOSS", "7.0")), ("peer", peer.replace("LOSS", peer_loss))):
+        (folder / f"{name}.py").write_text(code)
+    programs = {name: Program(str(folder / f"{name}.py"), name) for name in (OURS, "peer")}
+    monkeypatch.setattr(sides, "PROGRAMS", programs)
+    return Comparison(a_task(folder, processes), {OURS: sys.executable, "peer": sys.executable})
 
 
-def test_a_side_alone_prints_one_line_without_its_warm_up() -> None:
-    (row,) = answers("", "--steps", "3", "--warmup", "2")
-    assert len(row["step_s"]) == 3
+@pytest.mark.parametrize("processes", [1, 2])
+def test_sides_answer_each_block_whatever_their_libraries_print(tmp_path, monkeypatch, processes) -> None:
+    comparison = a_comparison(tmp_path, monkeypatch, SIDE, processes)
+    comparison.measure(n_blocks=2, steps=3, warm_up_steps=2)
+    assert not comparison.failed and comparison.loss == {OURS: [7.0] * 2, "peer": [7.0] * 2}
+    for name in (OURS, "peer"):
+        assert [len(block.step_s) for block in comparison.blocks[name]] == [4, 4]
+        assert [len(block) for block in comparison.rates(name)] == [3, 3], "the first step of a block does not count"
+    assert "a library talks" in (tmp_path / "peer.log").read_text()
 
 
-def compare_sides(tmp_path: Path, ours: str, trainer: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(PEERS))
-    for name, code in (("ours", ours), ("trainer", trainer)):
-        (tmp_path / f"{name}.py").write_text(code)
-    monkeypatch.setattr(compare, "SIDES", {n: [str(tmp_path / f"{n}.py")] for n in ("ours", "trainer")})
-    monkeypatch.setattr(compare, "RESULTS", tmp_path)
-    monkeypatch.setattr(compare, "provenance", lambda: {"git_sha": "0" * 40, "versions": {}})
-    compare.main(["--blocks", "5", "--steps", "2", "--warmup", "1"])
+def test_a_side_that_dies_is_named_with_its_last_error_and_ours_goes_on(tmp_path, monkeypatch) -> None:
+    comparison = a_comparison(tmp_path, monkeypatch, "raise ValueError('no such model')", processes=1)
+    comparison.measure(n_blocks=1, steps=1, warm_up_steps=1)
+    assert comparison.failed["peer"].startswith("ended (exit codes 1): ValueError: no such model; all of it: ")
+    assert len(comparison.blocks[OURS]) == 1 and "peer" not in comparison.blocks
 
 
-def test_the_comparison_writes_its_samples_and_ends_with_the_ratio(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    compare_sides(tmp_path, SIDE, SIDE.replace("0.01", "0.02"), monkeypatch)
-    last = capsys.readouterr().out.splitlines()[-1]
-    match = re.fullmatch(r"ratio_to_trainer ([\d.]+) low ([\d.]+) high ([\d.]+)", last)
-    assert match, last
-    ratio, low, high = (float(g) for g in match.groups())
-    assert low <= ratio <= high and 1.2 < ratio < 3
-    (path,) = tmp_path.glob("peers-*.json")
-    row = json.loads(path.read_text())
-    assert [len(b) for b in row["tokens_per_s"]["ours"]] == [2] * 5
-    assert row["git_sha"] and len(row["recipe_hash"]) == 64
+def test_a_side_that_trains_something_else_is_refused(tmp_path, monkeypatch) -> None:
+    comparison = a_comparison(tmp_path, monkeypatch, SIDE, peer_loss="7.1")
+    comparison.measure(n_blocks=1, steps=1, warm_up_steps=1)
+    assert comparison.failed["peer"] == "does not train what ours does: losses up to 0.1000 apart, not 0.05"
 
 
-def test_a_side_that_dies_is_named_and_no_result_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(SystemExit, match="trainer ended with exit code 7"):
-        compare_sides(tmp_path, SIDE, "raise SystemExit(7)", monkeypatch)
-    assert not list(tmp_path.glob("peers-*.json"))
+def test_where_ours_fails_nothing_is_compared(tmp_path, monkeypatch) -> None:
+    comparison = a_comparison(tmp_path, monkeypatch, SIDE)
+    (tmp_path / "ours.py").write_text("raise SystemExit(7)")
+    comparison.measure(n_blocks=1, steps=1, warm_up_steps=1)
+    assert list(comparison.failed) == [OURS] and comparison.blocks == {"peer": []}
+
+
+def test_a_peers_versions_take_the_place_of_ours() -> None:
+    lines = venvs.constraints("litgpt")
+    assert not [line for line in lines if line.startswith("huggingface")]
+    assert f"torch=={venvs.torch_version()}" in lines and "huggingface_hub==1.3.7" in venvs.requirements("litgpt")
+
+
+def test_the_line_of_a_ratio_is_one_that_programs_read() -> None:
+    assert ratio_line("litgpt@2", 1.25, 1.0, 1.5) == "ratio_to litgpt@2 1.250 low 1.000 high 1.500"
