@@ -38,12 +38,12 @@ help:
 	@echo 'make parity       every layout against one process, the long list too; writes docs/parity.md'
 	@echo 'make check        format, types, house rules, fast tests: under a minute'
 	@echo 'make bench-smoke  the smoke suite here, in 2 minutes, into bench-results/smoke'
-	@echo 'make bench-peers  our tokens/s beside those of other frameworks, measured in turns'
+	@echo 'make bench-peers  our tokens/s beside those of other frameworks, in turns (15 minutes on 2 cores)'
 	@echo 'make bench-checkpoint  a checkpoint of 1 B parameters beside dd: 25 GB of disk, 14 GB of memory, 10 minutes'
 	@echo 'make plan-accuracy  the planner beside published runs, with fits (4 minutes); ROWS=FILE.csv: other rows, no fit'
 	@echo 'make gpu-check    one GPU, 8 minutes: parity, memory, host syncs and speed into benchmarks/results/'
 	@echo 'make launchers    render launchers/*.sbatch anew from configs/machines/'
-	@echo 'make clean        remove .venv, builds and caches; runs/ and prepared/ stay'
+	@echo 'make clean        remove .venv, .venv-peers, builds and caches; runs/ and prepared/ stay'
 
 demo: $(VENV)/.installed $(ENGINE:%=$(VENV)/.installed-%) $(MACHINE)
 	$(call title,prepare: text to tokens)
@@ -86,7 +86,7 @@ bench-smoke: $(VENV)/.installed
 bench-peers: $(VENV)/.installed-test
 	$(call title,prepare: the text of the yardstick)
 	@$(RUN) prepare $(YARDSTICK)
-	$(call title,compare: ours and others in turns)
+	$(call title,compare: ours and other frameworks in turns)
 	@$(BIN)/python benchmarks/peers/compare.py
 
 bench-checkpoint: $(VENV)/.installed-test
@@ -145,6 +145,6 @@ $(VENV)/.installed-system: | $(VENV)/bin/python
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-peers build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find aifactory_train benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +
 	@echo 'runs/ and prepared/ stay; remove them by hand if you want them gone'

@@ -42,6 +42,12 @@ PEERS = ["trainer", "accelerate", "deepspeed", "litgpt", "torchtitan"]
 ON_GPU_ALONE = {"torchtitan": "torchtitan 0.3.0 imports triton, which a torch for CPUs does not bring"}
 
 
+def choose_peers(asked: list[str], on_cpu: bool) -> tuple[list[str], dict[str, str]]:
+    """Those to be measured, each once, and why the others are left out."""
+    left_out = {peer: f"on a GPU alone: {ON_GPU_ALONE[peer]}" for peer in asked if on_cpu and peer in ON_GPU_ALONE}
+    return [peer for peer in dict.fromkeys(asked) if peer not in left_out], left_out
+
+
 def find_pythons(peers: list[str], failed: dict[str, str]) -> dict[str, str]:
     """The interpreter of each side, ours first; why a peer has none goes into `failed`."""
     pythons = {OURS: sys.executable}
@@ -117,9 +123,9 @@ def parse_arguments(argv: list[str] | None, machine: Machine) -> argparse.Namesp
     parser.add_argument("--peers", nargs="+", default=PEERS, choices=names, metavar="NAME", help=", ".join(names))
     processes = [1, 2] if on_cpu else sorted({1, machine.device.per_node})
     parser.add_argument("--processes", type=int, nargs="+", default=processes, metavar="N", help="of each side")
-    parser.add_argument("--blocks", type=int, default=8, help=f"blocks of each side, at least {MIN_BLOCKS}")
-    parser.add_argument("--steps", type=int, default=6, help="steps of a block that count")
-    parser.add_argument("--warmup", type=int, default=4, help="steps of each side before its first block")
+    parser.add_argument("--blocks", type=int, default=6, help=f"blocks of each side, at least {MIN_BLOCKS}")
+    parser.add_argument("--steps", type=int, default=2, help="steps of a block that count")
+    parser.add_argument("--warmup", type=int, default=3, help="steps of each side before its first block")
     args = parser.parse_args(argv)
     if args.blocks < MIN_BLOCKS or args.steps < 1 or args.warmup < 1:
         parser.error(f"--blocks {args.blocks} --steps {args.steps} --warmup {args.warmup}: at least {MIN_BLOCKS}, 1, 1")
@@ -130,16 +136,13 @@ def main(argv: list[str] | None = None) -> int:
     machine = probe_local()
     args = parse_arguments(argv, machine)
     on_cpu = machine.device.kind == "cpu"
-    peers = []
-    for peer in dict.fromkeys(args.peers):
-        if on_cpu and peer in ON_GPU_ALONE:
-            print(f"{peer}: on a GPU only: {ON_GPU_ALONE[peer]}")
-        else:
-            peers.append(peer)
+    peers, left_out = choose_peers(args.peers, on_cpu)
+    for peer, reason in left_out.items():
+        print(f"{peer}: left out: {reason}")
     failed: dict[str, str] = {}
     pythons = find_pythons(peers, failed)
     result: dict[str, Any] = {"schema": "aifactory-peers/2", **circumstances(args, list(pythons)[1:])}
-    comparisons, left_out = [], {}
+    comparisons = []
     for recipe in CPU_RECIPES if on_cpu else GPU_RECIPES:
         for processes in args.processes:
             try:

@@ -162,6 +162,8 @@ def _environment(python: str, task: Task, rank: int, port: str) -> dict[str, str
     paths = [str(HERE), *([str(ROOT)] if python == sys.executable else [])]
     env |= {"OMP_NUM_THREADS": str(task.threads), "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
     env["PATH"] = os.pathsep.join([str(Path(python).parent), env.get("PATH", "")])
+    # Not the home's: there the lock of a compiler that was killed makes every later run wait for ever.
+    env["TORCH_EXTENSIONS_DIR"] = str(task.folder / "extensions")
     if task.processes > 1:
         world = str(task.processes)
         values = (str(rank), str(rank), "0", world, world, "127.0.0.1", port)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +25,13 @@ ROWS_OF_STEPS = 64  # more distinct rows than fit into a cache; peers begin anew
 
 
 def build_task(recipe_path: Path, machine: Machine, processes: int, folder: Path) -> tuple[Task, Plan]:
-    """The task of a recipe for that many ranks of a node, written into `folder`. First weights stay where they are.
+    """The task of a recipe for that many ranks of a node, written into `folder`, which is emptied first. First weights
+    lie beside it and stay.
 
     Raises PlanError where our plan finds no layout that fits.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     weights = folder.parent / WEIGHTS_FOLDER
     # A learning rate that stays what it is, and the weights of all sides.
     changes = ["schedule.min_lr_frac=1.0", f"model.init_from={weights}"]
@@ -42,8 +45,7 @@ def build_task(recipe_path: Path, machine: Machine, processes: int, folder: Path
     (folder / "plan.json").write_text(plan.model_dump_json())
     _write_weights(recipe, weights)
     _write_rows(recipe, folder / ROWS_FILE)
-    if not (folder / WEIGHTS_FOLDER).exists():
-        (folder / WEIGHTS_FOLDER).symlink_to(weights, target_is_directory=True)
+    (folder / WEIGHTS_FOLDER).symlink_to(weights, target_is_directory=True)
     task = _task(recipe, plan, processes, folder)
     task.save()
     return task, plan

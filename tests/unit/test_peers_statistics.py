@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import compare
 import sides
 import venvs
 from aifactory_train.bench.paired import order_of_turns, ratio_line, ratio_of_medians
@@ -113,6 +114,19 @@ def test_where_ours_fails_nothing_is_compared(tmp_path, monkeypatch) -> None:
     (tmp_path / "ours.py").write_text("raise SystemExit(7)")
     comparison.measure(n_blocks=1, steps=1, warm_up_steps=1)
     assert list(comparison.failed) == [OURS] and comparison.blocks == {"peer": []}
+
+
+def test_each_side_is_a_file_and_has_an_environment() -> None:
+    for name, program in sides.PROGRAMS.items():
+        assert (sides.HERE / program.file).is_file(), name
+        assert program.venv in {OURS, *venvs.NEEDS}, name
+
+
+def test_what_cannot_run_on_a_cpu_is_left_out_there_with_the_reason() -> None:
+    assert set(compare.PEERS) < set(sides.PROGRAMS)
+    peers, left_out = compare.choose_peers(["litgpt", "torchtitan", "litgpt"], on_cpu=True)
+    assert peers == ["litgpt"] and "triton" in left_out["torchtitan"]
+    assert compare.choose_peers(["torchtitan"], on_cpu=False) == (["torchtitan"], {})
 
 
 def test_a_peers_versions_take_the_place_of_ours() -> None:
