@@ -212,7 +212,7 @@ class Cluster(Daemons):
             "SlurmdLogFile": folder / "nodes" / "%n.log",
             "SlurmdParameters": "config_overrides",
             # Ranks take their port from the job id; another cluster on this host must have other ids.
-            "FirstJobId": random.randrange(1, 6000) * 1000,
+            "FirstJobId": random.randrange(1000, 6_000_000),
             "JobRequeue": 1,
             "ReturnToService": 2,
             "SlurmdTimeout": 6,
