@@ -10,17 +10,15 @@ cache of this node, the state is cleared and loaded, and compared. A first round
 
 from __future__ import annotations
 
-import subprocess
 import time
 from argparse import ArgumentParser
-from pathlib import Path
 
 import torch.distributed as dist
 
 from aifactory_train.bench.record import Protocol, Validity
 from aifactory_train.checkpoint.manager import CheckpointManager
 from aifactory_train.measure.program import Program, start
-from aifactory_train.measure.scratch import add_folder, shared_folder
+from aifactory_train.measure.scratch import add_folder, describe_storage, shared_folder
 from aifactory_train.measure.state import BYTES_PER_PARAMETER, build_state, drop_from_cache, locals_of
 from aifactory_train.train.ranks import join
 
@@ -80,13 +78,13 @@ def measure_size(program: Program, n_parameters: float) -> None:
                 times.setdefault(name, []).append(value)
         manager.wait()
         own_bytes = sum(t.nbytes for t in locals_of(state))
-        file_system = file_system_of(folder)
+        storage = describe_storage(folder)
     reports = control.gather([times, n_wrong, own_bytes], timeout_s)
     if reports is not None:
-        write(program, cell, reports, file_system)
+        write(program, cell, reports, storage)
 
 
-def write(program: Program, cell: dict, reports: list, file_system: str) -> None:
+def write(program: Program, cell: dict, reports: list, storage: dict) -> None:
     n_bytes = sum(report[2] for report in reports)
     samples = {
         f"aifactory_checkpoint_{name}": {rank: report[0][name] for rank, report in enumerate(reports)}
@@ -106,14 +104,8 @@ def write(program: Program, cell: dict, reports: list, file_system: str) -> None
         rank_reduction="max",
         ci_reached=False,
     )
-    facts = {"bytes": n_bytes, "file_system": file_system, "page_cache": "dropped by posix_fadvise before each load"}
+    facts = {"bytes": n_bytes, **storage, "page_cache": "dropped by posix_fadvise before each load"}
     program.write(cell, samples, protocol, facts=facts, validity=Validity(wrong_values=sum(r[1] for r in reports)))
-
-
-def file_system_of(folder: Path) -> str:
-    """ "ext4", "lustre" or the like."""
-    command = ["stat", "--file-system", "--format=%T", str(folder)]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from aifactory_train.data.loader import Loader
 from aifactory_train.data.prepare import prepare
 from aifactory_train.data.shards import load_prepared
 from aifactory_train.measure.program import Program, Quantity, start
-from aifactory_train.measure.scratch import add_folder, shared_folder, text_data, write_text
+from aifactory_train.measure.scratch import add_folder, describe_storage, shared_folder, text_data, write_text
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -28,7 +28,7 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--step-s", type=float, default=0.02, help="what a step computes (default: 0.02)")
 
 
-def measure_loader(program: Program, loader: Loader, step_s: float) -> None:
+def measure_loader(program: Program, loader: Loader, step_s: float, storage: dict[str, str]) -> None:
     options = program.options
     cell = {"seq_len_tokens": options.seq_len, "rows": options.rows, "step_s": step_s}
     quantities = [Quantity("aifactory_loader_batch_duration_seconds")]
@@ -37,7 +37,7 @@ def measure_loader(program: Program, loader: Loader, step_s: float) -> None:
     batches = loader.batches(0)
     try:
         before = (lambda: time.sleep(step_s)) if step_s else None
-        facts = {"rows_per_batch": options.rows}
+        facts = {"rows_per_batch": options.rows, **storage}
         program.measure(cell, quantities, lambda: next(batches), before=before, facts=facts, reduction="none")
     finally:
         batches.close()
@@ -54,8 +54,8 @@ def main() -> None:
                 prepare(data)
             control.barrier(options.timeout_s)
             loader = Loader(load_prepared(data), data, 1, options.rows * control.size, control.rank, control.size)
-            measure_loader(program, loader, 0.0)
-            measure_loader(program, loader, options.step_s)
+            for step_s in (0.0, options.step_s):
+                measure_loader(program, loader, step_s, describe_storage(folder))
 
 
 if __name__ == "__main__":

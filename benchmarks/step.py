@@ -135,7 +135,7 @@ def measure(program: Program, plan: Plan) -> None:
     log.mark("run_stop", status="success")
     facts |= {"ranks": [each["rank"] for each in by_rank], **read.facts()}
     facts |= steps.facts_of(plan, samples, read.energy) | {"gemm_flops_per_s": gemm, "loss": [losses[0], losses[-1]]}
-    validity = steps.validity_of(losses, grad_norms, n_parameters, read.throttled)
+    validity = steps.validity_of(losses, grad_norms, n_parameters, read)
     if options.fingerprint:
         digest, facts["fingerprint"] = steps.fingerprint(losses, grad_norms)
         facts["code_sha256"] = code_sha256()

@@ -66,6 +66,8 @@ def judge_whole(record: Record) -> tuple[Verdict, str] | None:
         return "invalid", "the loss was not finite"
     if not record.metrics:
         return "skipped", str(record.facts.get("skipped") or "nothing was measured")
+    if validity.device_errors:
+        return "degraded", f"a device reported errors meanwhile: {'; '.join(validity.device_errors)}"
     if validity.throttled:
         return "degraded", "the device slowed its clock down for heat, power or a fault meanwhile"
     if record.protocol is None or not record.protocol.steady:

@@ -36,9 +36,10 @@ class Result(NamedTuple):
 
 
 def is_valid(record: Record) -> bool:
-    """Its values are right, and the device was not slowed down."""
+    """Its values are right, and the device was neither slowed down nor broken."""
     validity = record.validity
-    bad = record.fault or validity.throttled or validity.wrong_values or validity.loss_finite is False
+    slowed = validity.throttled or validity.device_errors
+    bad = record.fault or slowed or validity.wrong_values or validity.loss_finite is False
     return not bad and record.protocol is not None
 
 

@@ -101,13 +101,17 @@ class Unavailable(Part):
 
 
 class Validity(Part):
-    """None where the benchmark has no such thing. wrong_values: elements that came out wrong."""
+    """None where the benchmark has no such thing. wrong_values: elements that came out wrong.
+
+    device_errors: what GPUs or their driver reported as broken in the timed window, with the rank.
+    """
 
     loss_finite: bool | None = None
     loss_decreased: bool | None = None
     n_parameters: int | None = None
     fingerprint: str | None = None
     throttled: bool | None = None
+    device_errors: list[str] | None = None
     wrong_values: int | None = None
 
 

@@ -23,10 +23,17 @@ from aifactory_train.machine.probe_host import (
 from aifactory_train.machine.probe_look import Look
 from aifactory_train.machine.probe_network import infiniband_ports
 from aifactory_train.measure.energy import open_amdsmi, open_nvml
-from aifactory_train.train.ranks import node_name
+from aifactory_train.train.ranks import node_name, node_switches
 
 Facts = dict[str, Scalar]
 LIBRARIES = re.compile(r"(lib(?:nccl|rccl|nccl-net[\w-]*|rccl-net[\w-]*|fabric|cxi|ucp|ibverbs|mpi|cuda|amdhip64))\.so")
+# Mitigations, isolated cores, clock and sleep states, memory pages and the way of devices to memory.
+KERNEL_OPTIONS = re.compile(
+    r"(mitigations|isolcpus|nohz|nohz_full|rcu_nocbs|nosmt|idle|processor\.\w+|intel_idle\.\w+|intel_pstate|amd_pstate"
+    r"|cpufreq\.\w+|cpuidle\.\w+|clocksource|tsc|skew_tick|nmi_watchdog|audit|preempt|numa_balancing|hugepages"
+    r"|hugepagesz|default_hugepagesz|transparent_hugepage|init_on_alloc|iommu|intel_iommu|amd_iommu|iommu\.\w+"
+    r"|pci|pcie_aspm|pcie_\w+|spectre_\w+|spec_\w+|retbleed|l1tf|mds|tsx|noht)(=|$)"
+)
 _CPU0 = "/sys/devices/system/cpu/cpu0"
 _HUGE_PAGES = "/sys/kernel/mm/transparent_hugepage/enabled"
 
@@ -57,6 +64,8 @@ def probe_place(device: torch.device, look: Look | None = None) -> Place:
     of_gpu, no_gpu = probe_gpu(device) if device.type == "cuda" else ({}, [])
     facts = {f"node.{key}": value for key, value in of_node.items()}
     facts |= {f"gpu.{key}": value for key, value in of_gpu.items()}
+    if switches := node_switches():
+        facts["node.switches"] = switches
     return Place(node_name(), facts, [*no_node, *no_gpu])
 
 
@@ -98,7 +107,7 @@ def probe_node(look: Look) -> tuple[Facts, list[Unavailable]]:
     found: list[tuple[str, Scalar | None, str]] = [
         ("os", _match(r'^PRETTY_NAME="?([^"\n]+)', look.read("/etc/os-release")), "/etc/os-release"),
         ("kernel", look.uname.release, "uname"),
-        ("kernel_cmdline", look.read("/proc/cmdline") or None, "/proc/cmdline"),
+        ("kernel_options", _kernel_options(look), "/proc/cmdline"),
         ("microcode", microcode, "/proc/cpuinfo"),
         ("cpu_governor", look.read(f"{_CPU0}/cpufreq/scaling_governor") or None, f"{_CPU0}/cpufreq"),
         ("sockets", count_sockets(look), f"{_CPU0}/topology"),
@@ -115,6 +124,15 @@ def probe_node(look: Look) -> tuple[Facts, list[Unavailable]]:
     facts = {key: value for key, value, _ in found if value is not None}
     missed = [Unavailable(probe=f"node.{key}", reason=f"not told by {where}") for key, v, where in found if v is None]
     return facts, missed
+
+
+def _kernel_options(look: Look) -> str | None:
+    """Of the line that the kernel was booted with: the options that change speed, in their order; "none" of them.
+
+    The rest belongs to the site: addresses of its servers, and at some sites secrets.
+    """
+    words = look.read("/proc/cmdline").split()
+    return " ".join(word for word in words if KERNEL_OPTIONS.match(word)) or "none" if words else None
 
 
 def _match(pattern: str, text: str) -> str | None:

@@ -27,7 +27,11 @@ POWER_CAP = 0x04
 
 @dataclass
 class Health:
-    """Of one window. Lists hold one value per look; slowed_by: names of SLOWED_BY that were seen."""
+    """Of one window. Lists hold one value per look; slowed_by: names of SLOWED_BY that were seen.
+
+    ecc_errors: uncorrected ones; remapped_rows: of memory, taken out of use for errors. Both None for devices that do
+    not count them. xids: numbers of the driver's error reports, as NVIDIA's table of Xid errors has them.
+    """
 
     sm_clock_hertz: list[float] = field(default_factory=list)
     temperature_celsius: list[float] = field(default_factory=list)
@@ -35,10 +39,18 @@ class Health:
     slowed_by: list[str] = field(default_factory=list)
     power_capped_looks: int = 0
     ecc_errors: int | None = None
+    remapped_rows: int | None = None
+    xids: list[int] = field(default_factory=list)
 
     @property
     def throttled(self) -> bool:
         return bool(self.slowed_by)
+
+    @property
+    def errors(self) -> list[str]:
+        """What the device or its driver reported of itself as broken."""
+        counts = {"uncorrected memory errors": self.ecc_errors, "memory rows remapped": self.remapped_rows}
+        return [f"{count} {what}" for what, count in counts.items() if count] + [f"Xid {xid}" for xid in self.xids]
 
 
 class HealthMonitor:
@@ -49,7 +61,8 @@ class HealthMonitor:
         self._nvml: Any = None
         self._stop = threading.Event()
         self._health = Health()
-        self._errors_before: int | None = None
+        self._before: tuple[int | None, int | None] = None, None
+        self._events: Any = None
         reason = "no GPU: the clock and heat of a CPU are not read"
         if device.type == "cuda" and torch.version.hip:
             reason = "clock and heat of AMD's devices are not read"
@@ -57,12 +70,15 @@ class HealthMonitor:
             self._nvml, self._handle, reason = open_nvml(device)
         if self._nvml is None:
             self.unavailable.append(Unavailable(probe="device health", reason=reason))
+        else:
+            self._listen()
 
     def begin(self) -> None:
         if self._nvml is None:
             return
         self._health, self._stop = Health(), threading.Event()
-        self._errors_before = self._ecc_errors()
+        self._xids()  # of the time before
+        self._before = self._ecc_errors(), self._remapped_rows()
         threading.Thread(target=self._watch, args=[self._stop, self._health], daemon=True).start()
 
     def end(self) -> Health | None:
@@ -71,9 +87,12 @@ class HealthMonitor:
             return None
         self._stop.set()
         self._look(self._health)
-        errors = self._ecc_errors()
-        if errors is not None and self._errors_before is not None:
-            self._health.ecc_errors = errors - self._errors_before
+        self._health.xids = self._xids()
+        errors, rows = self._ecc_errors(), self._remapped_rows()
+        if errors is not None and self._before[0] is not None:
+            self._health.ecc_errors = errors - self._before[0]
+        if rows is not None and self._before[1] is not None:
+            self._health.remapped_rows = rows - self._before[1]
         return self._health
 
     def _watch(self, stop: threading.Event, health: Health) -> None:
@@ -105,3 +124,29 @@ class HealthMonitor:
             return int(nvml.nvmlDeviceGetTotalEccErrors(self._handle, kind, since))
         except nvml.NVMLError:
             return None
+
+    def _remapped_rows(self) -> int | None:
+        """Since the device was made, for corrected and uncorrected errors."""
+        try:
+            return sum(self._nvml.nvmlDeviceGetRemappedRows(self._handle)[:2])
+        except self._nvml.NVMLError:
+            return None
+
+    def _listen(self) -> None:
+        nvml = self._nvml
+        try:
+            self._events = nvml.nvmlEventSetCreate()
+            nvml.nvmlDeviceRegisterEvents(self._handle, nvml.nvmlEventTypeXidCriticalError, self._events)
+        except nvml.NVMLError as error:
+            self._events = None
+            self.unavailable.append(Unavailable(probe="Xid errors", reason=f"NVML: {error}"))
+
+    def _xids(self) -> list[int]:
+        """Reported since the last call."""
+        xids: list[int] = []
+        while self._events is not None:
+            try:
+                xids.append(int(self._nvml.nvmlEventSetWait(self._events, 0).eventData))
+            except self._nvml.NVMLError:  # there is no more
+                break
+        return xids

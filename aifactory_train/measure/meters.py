@@ -25,7 +25,7 @@ class Window:
     def as_json(self) -> dict[str, Any]:
         return {
             "energy": [window.model_dump() for window in self.energy],
-            "health": None if self.health is None else asdict(self.health),
+            "health": None if self.health is None else {**asdict(self.health), "errors": self.health.errors},
             "unavailable": [missed.model_dump() for missed in self.unavailable],
         }
 
@@ -34,14 +34,20 @@ class Window:
 class Joined:
     """Of all ranks. health: one entry per rank; throttled: any of them, None where no rank can tell.
 
-    warnings: methods of one scope that disagree.
+    errors: what devices reported as broken, with the rank; None where no rank can tell. warnings: methods
+    of one scope that disagree.
     """
 
     energy: list[EnergyWindow]
     warnings: list[str]
     health: list[dict[str, Any] | None]
     throttled: bool | None
+    errors: list[str] | None
     unavailable: list[Unavailable]
+
+    def validity(self) -> dict[str, Any]:
+        """The part of a record's validity that the devices tell."""
+        return {"throttled": self.throttled, "device_errors": self.errors}
 
     def facts(self) -> dict[str, Any]:
         """For the facts of a record; warnings only where there are any."""
@@ -99,4 +105,7 @@ def join_windows(of_ranks: Sequence[dict[str, Any]]) -> Joined:
     known = [bool(one["slowed_by"]) for one in health if one is not None]
     energy = list(sums.values())
     throttled = any(known) if known else None
-    return Joined(energy, find_disagreements(energy), health, throttled, list(missed.values()))
+    errors = [f"rank {rank}: {error}" for rank, one in enumerate(health) if one is not None for error in one["errors"]]
+    return Joined(
+        energy, find_disagreements(energy), health, throttled, errors if known else None, list(missed.values())
+    )

@@ -155,7 +155,7 @@ class Program:
             self._protocol(warmed, seconds, ci_reached, reduction),
             facts={**(facts or {}), "ranks": [report["rank"] for report in reports], **windows.facts()},
             flops=flops,
-            validity=Validity(wrong_values=None if None in wrongs else sum(wrongs), throttled=windows.throttled),
+            validity=Validity(wrong_values=None if None in wrongs else sum(wrongs), **windows.validity()),
             energy=windows.energy,
             unavailable=windows.unavailable,
         )

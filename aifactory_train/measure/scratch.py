@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from aifactory_train.errors import StorageError, storage_errors
+from aifactory_train.machine.probe_look import run_tool
 from aifactory_train.measure.program import Program
 from aifactory_train.recipe.schema import Data
 from aifactory_train.units import format_bytes
@@ -48,6 +49,16 @@ def shared_folder(program: Program, needed_bytes: float) -> Iterator[Path]:
     finally:
         if program.control.rank == 0:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def describe_storage(folder: Path) -> dict[str, str]:
+    """What a benchmark of this folder measures. stripe: over which servers Lustre lays its files."""
+    kind = run_tool(["stat", "--file-system", "--format=%T", str(folder)])
+    told = {"file_system": kind.text.strip() or kind.fault}
+    if told["file_system"] == "lustre":
+        stripe = run_tool(["lfs", "getstripe", "-d", str(folder)])
+        told["stripe"] = " ".join(stripe.text.split()) or stripe.fault
+    return told
 
 
 def write_text(path: Path, n_bytes: int) -> int:

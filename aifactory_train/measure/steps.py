@@ -21,6 +21,7 @@ from aifactory_train.data.packing import IGNORE
 from aifactory_train.data.shards import check_fits_model, load_prepared
 from aifactory_train.errors import PlanError, TrainingFault, UserError
 from aifactory_train.measure.control import Control
+from aifactory_train.measure.meters import Joined
 from aifactory_train.metrics.rates import measure_matmul_flops_per_s
 from aifactory_train.models.parts import DTYPES
 from aifactory_train.plan.layout import n_devices
@@ -273,14 +274,14 @@ def flops_of(plan: Plan) -> Flops:
 
 
 def validity_of(
-    losses: Sequence[float], grad_norms: Sequence[float], n_parameters: int | None, throttled: bool | None
+    losses: Sequence[float], grad_norms: Sequence[float], n_parameters: int | None, read: Joined
 ) -> Validity:
     """Of all steps, those of warm-up too."""
     return Validity(
         loss_finite=all(math.isfinite(value) for value in (*losses, *grad_norms)),
         loss_decreased=has_fallen(losses),
         n_parameters=n_parameters,
-        throttled=throttled,
+        **read.validity(),
     )
 
 

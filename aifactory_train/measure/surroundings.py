@@ -16,6 +16,7 @@ from aifactory_train.machine.probe_look import Look
 from aifactory_train.machine.probe_network import probe_network
 from aifactory_train.measure.control import Control
 from aifactory_train.measure.hardware import join_places, probe_gpu
+from aifactory_train.measure.job import probe_gpu_links, probe_job
 from aifactory_train.results.provenance import packages, provenance
 from aifactory_train.train.ranks import Ranks, quoted_environment
 from aifactory_train.units import format_bytes
@@ -68,22 +69,27 @@ def probe_surroundings(ranks: Ranks, places: Sequence[Mapping[str, Any]]) -> tup
         "nccl": list(torch.cuda.nccl.version()) if torch.cuda.is_available() else None,
         "config": torch.__config__.show().strip(),
     }
-    code = provenance()
+    code, look = provenance(), Look()
+    environment = quoted_environment()
+    job, no_job = probe_job(environment, look)
+    links, no_links = probe_gpu_links(look) if torch.cuda.is_available() else (None, [])
     seen: dict[str, Any] = {
         **code,
         "torch_build": build,
         **packages(),
         **joined.common,
         "drift": joined.drift,
-        "system": describe_system(code["cpu"], joined.common, Look()),
+        "system": describe_system(code["cpu"], joined.common, look),
+        "gpu_links": links,
+        "job": job,
         "started_by": ranks.source,
         "command": sys.argv,
-        "environment": quoted_environment(),
+        "environment": environment,
         "memlock_bytes": resource.getrlimit(resource.RLIMIT_MEMLOCK)[0],
         "n_cpus": os.cpu_count(),
         "load_1min": os.getloadavg()[0],
     }
-    return seen, joined.unavailable
+    return seen, [*joined.unavailable, *no_job, *no_links]
 
 
 def describe_system(cpu: str, places: Mapping[str, Mapping[str, Any]], look: Look) -> dict[str, Any]:

@@ -22,10 +22,12 @@ _CODE = ("aifactory_train", "configs", "launchers", "setup.py", "constraints.txt
 def provenance() -> dict[str, Any]:
     """Commit of our code ("+dirty" if it was changed since), versions, and the machine this process runs on.
 
-    `git_sha` is None where neither a checkout nor the wheel's `_commit.txt` tells it. Imports no torch.
+    `git_sha` is None where neither a checkout nor the wheel's `_commit.txt` tells it; `diff_sha256` is that of the
+    changes of a dirty checkout, else None. Imports no torch.
     """
     return {
         "git_sha": git_sha(_PACKAGE_DIR),
+        "diff_sha256": diff_sha256(_PACKAGE_DIR),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "hostname": platform.node(),
         "platform": platform.platform(),
@@ -56,11 +58,28 @@ def git_sha(package_dir: Path) -> str | None:
         return None
 
 
+def diff_sha256(package_dir: Path) -> str | None:
+    """Sum over what the checkout has beyond its commit: the diff, and new files with their contents. None: nothing."""
+    checkout = package_dir.parent
+    if not (checkout / ".git").exists():
+        return None
+    changes = _git(checkout, "diff", "--binary", "--no-ext-diff", "HEAD", "--", *_CODE)
+    new = _git(checkout, "ls-files", "--others", "--exclude-standard", "-z", "--", *_CODE)
+    if not changes and not new:
+        return None
+    digest = hashlib.sha256((changes or "").encode(errors="surrogateescape"))
+    for name in (new or "").split("\0"):
+        if (checkout / name).is_file():
+            digest.update(name.encode(errors="surrogateescape") + b"\0" + (checkout / name).read_bytes())
+    return digest.hexdigest()
+
+
 def _git(checkout: Path, *arguments: str) -> str | None:
     # In a container the checkout often belongs to another user, which git refuses without safe.directory.
     command = ["git", "-c", f"safe.directory={checkout}", "-C", str(checkout), *arguments]
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
+        done = subprocess.run(command, capture_output=True, timeout=30, check=True)
+        return done.stdout.decode(errors="surrogateescape").strip()
     except (OSError, subprocess.SubprocessError):
         return None
 

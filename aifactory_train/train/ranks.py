@@ -29,7 +29,9 @@ SLURM_PORTS = range(20000, 30000)
 QUOTED_PREFIXES = ("NCCL_", "RCCL_", "FI_", "CXI_", "UCX_", "MPICH_", "TORCH_", "OMP_", "PYTORCH_")
 QUOTED_NAMES = (
     *("SLURM_JOB_ID", "SLURM_JOB_PARTITION", "SLURM_JOB_NODELIST", "SLURM_STEP_ID", "SLURMD_NODENAME"),
-    *("SLURM_TOPOLOGY_ADDR", "CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"),
+    *("SLURM_TOPOLOGY_ADDR", "SLURM_TOPOLOGY_ADDR_PATTERN", "LOADEDMODULES"),
+    *("APPTAINER_CONTAINER", "SINGULARITY_CONTAINER"),
+    *("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"),
 )
 
 
@@ -78,6 +80,16 @@ def node_name(env: Mapping[str, str] | None = None) -> str:
     """As Slurm calls this node in its lists, else its own short name."""
     env = os.environ if env is None else env
     return env.get("SLURMD_NODENAME") or socket.gethostname().split(".")[0]
+
+
+def node_switches(env: Mapping[str, str] | None = None) -> str | None:
+    """Switches above this node, the top one first: "s0.leaf3" of Slurm's "s0.leaf3.n17" by "switch.switch.node".
+
+    None where Slurm knows no topology.
+    """
+    env = os.environ if env is None else env
+    parts, kinds = (env.get(f"SLURM_TOPOLOGY_ADDR{end}", "").split(".") for end in ("", "_PATTERN"))
+    return ".".join(part for part, kind in zip(parts, kinds, strict=False) if kind != "node") or None
 
 
 def _find_ranks(timeout_s: float, env: Mapping[str, str], keep_mpi: bool, of_node: bool) -> Ranks:

@@ -103,6 +103,7 @@ def test_an_expired_reference_says_so() -> None:
         ({"validity": Validity(wrong_values=1)}, "invalid"),
         ({"validity": Validity(loss_finite=False)}, "invalid"),
         ({"validity": Validity(throttled=True)}, "degraded"),
+        ({"validity": Validity(device_errors=["rank 1: Xid 79"])}, "degraded"),
         ({"protocol": a_protocol(steady=False)}, "unstable"),
         ({"metrics": [], "facts": {"skipped": "one device has no pair"}}, "skipped"),
     ],

@@ -125,6 +125,7 @@ def test_results_that_are_not_sound_teach_nothing() -> None:
     bad = [
         a_record(id="b1", fault="died", metrics=[]),
         a_record(id="b2", validity=Validity(throttled=True)),
+        a_record(id="b3", validity=Validity(device_errors=["rank 0: 1 memory rows remapped"])),
         a_record(id="b3", validity=Validity(wrong_values=3)),
         a_record(id="b5", validity=Validity(loss_finite=False)),
     ]

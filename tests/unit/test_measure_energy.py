@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -123,9 +124,20 @@ class Nvml:
     """NVML of one GPU that has used 5 kJ, draws 400 W and is too hot."""
 
     NVMLError = RuntimeError
+    nvmlEventTypeXidCriticalError = 8
     NVML_CLOCK_SM = NVML_TEMPERATURE_GPU = NVML_MEMORY_ERROR_TYPE_UNCORRECTED = NVML_VOLATILE_ECC = 0
     energy_mj = 5_000_000
     reasons = 0x40
+    ecc_errors = 2
+    rows = (5, 1, 0, 0)
+    xids = ()
+
+    def nvmlEventSetWait(self, events: str, timeout_ms: int) -> SimpleNamespace:
+        assert (events, timeout_ms) == ("events", 0)
+        if not self.xids:
+            raise self.NVMLError("Timeout")
+        first, *self.xids = self.xids
+        return SimpleNamespace(eventData=first)
 
     def __getattr__(self, name: str):
         answers = {
@@ -136,7 +148,10 @@ class Nvml:
             "nvmlDeviceGetClockInfo": 1980,
             "nvmlDeviceGetTemperature": 71,
             "nvmlDeviceGetCurrentClocksThrottleReasons": self.reasons,
-            "nvmlDeviceGetTotalEccErrors": 0,
+            "nvmlDeviceGetTotalEccErrors": self.ecc_errors,
+            "nvmlDeviceGetRemappedRows": self.rows,
+            "nvmlEventSetCreate": "events",
+            "nvmlDeviceRegisterEvents": None,
         }
         return lambda *_: answers[name]
 
@@ -170,6 +185,31 @@ def test_heat_is_seen_and_a_power_cap_of_the_site_is_no_fault(nvml):
     assert not health.throttled and health.power_capped_looks >= 1
 
 
+def test_what_a_device_reports_as_broken_is_that_of_the_window(nvml):
+    nvml.xids = [31]
+    monitor = HealthMonitor(GPU)
+    monitor.begin()
+    nvml.xids, nvml.rows, nvml.ecc_errors = [79, 94], (6, 2, 1, 0), 5
+    health = monitor.end()
+    assert (health.xids, health.remapped_rows, health.ecc_errors) == ([79, 94], 2, 3)
+    assert health.errors == ["3 uncorrected memory errors", "2 memory rows remapped", "Xid 79", "Xid 94"]
+    monitor.begin()
+    assert monitor.end().errors == []
+
+
+def test_a_device_without_such_counters_is_measured_all_the_same(nvml, monkeypatch):
+    def unsupported(*_):
+        raise nvml.NVMLError("Not Supported")
+
+    for name in ("nvmlDeviceRegisterEvents", "nvmlDeviceGetRemappedRows", "nvmlDeviceGetTotalEccErrors"):
+        monkeypatch.setattr(nvml, name, unsupported, raising=False)
+    monitor = HealthMonitor(GPU)
+    monitor.begin()
+    health = monitor.end()
+    assert health.errors == [] and health.remapped_rows is None and health.sm_clock_hertz == [1.98e9]
+    assert [(m.probe, m.reason) for m in monitor.unavailable] == [("Xid errors", "NVML: Not Supported")]
+
+
 def test_without_nvml_the_package_to_install_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", None)
     monkeypatch.setattr(torch.version, "hip", None)
@@ -195,12 +235,12 @@ def test_two_methods_of_one_scope_that_disagree_are_a_warning(power_j, found):
         assert f"{power_j:.0f} J by nvml_power" in joined.warnings[0] and "100 J by nvml_counter" in joined.warnings[0]
 
 
-def rank_window(joules: float | None, slowed_by: list[str] | None = None) -> dict:
+def rank_window(joules: float | None, slowed_by: list[str] | None = None, errors: Sequence[str] = ()) -> dict:
     own = EnergyWindow(scope="gpu", method="nvml_counter", joules=joules or 0.0, seconds=12.0)
     missed = Unavailable(probe="nvml", reason="not there")
     return {
         "energy": [] if joules is None else [own.model_dump()],
-        "health": None if slowed_by is None else {"slowed_by": slowed_by},
+        "health": None if slowed_by is None else {"slowed_by": slowed_by, "errors": errors},
         "unavailable": [missed.model_dump()] if joules is None else [],
     }
 
@@ -209,7 +249,9 @@ def test_energy_of_all_ranks_is_added_and_one_hot_gpu_is_enough():
     joined = join_windows([rank_window(10.0, []), rank_window(20.0, ["heat"])])
     assert [(w.joules, w.seconds) for w in joined.energy] == [(30.0, 12.0)]
     assert joined.throttled is True
-    assert join_windows([rank_window(10.0)]).throttled is None
+    assert join_windows([rank_window(10.0)]).validity() == {"throttled": None, "device_errors": None}
+    broken = join_windows([rank_window(10.0, []), rank_window(20.0, [], ["Xid 79"])])
+    assert broken.validity() == {"throttled": False, "device_errors": ["rank 1: Xid 79"]}
 
 
 def test_a_sum_that_lacks_a_rank_is_left_out_and_listed():

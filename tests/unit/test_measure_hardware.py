@@ -22,7 +22,7 @@ GPU = torch.device("cuda", 0)
 CARD = "sys/class/infiniband/mlx5_0"
 FILES = {
     "etc/os-release": 'NAME="SLES"\nPRETTY_NAME="SUSE Linux Enterprise 15 SP6"\n',
-    "proc/cmdline": "quiet mitigations=off\n",
+    "proc/cmdline": "quiet mitigations=off wwinit.uri=http://10.0.0.1/?assetkey=hush isolcpus=4-7\n",
     "proc/cpuinfo": "model name : EPYC 7763\nmicrocode : 0xa0011d1\n",
     "proc/meminfo": "MemTotal: 1024 kB\nHugePages_Total:     512\n",
     "proc/self/cgroup": "0::/job_1/step_0\n",
@@ -54,7 +54,7 @@ def test_a_node_tells_its_system_limits_and_cards(tmp_path: Path) -> None:
     facts, missed = probe_node(a_node(tmp_path))
     told = {
         "os": "SUSE Linux Enterprise 15 SP6",
-        "kernel_cmdline": "quiet mitigations=off",
+        "kernel_options": "mitigations=off isolcpus=4-7",
         "microcode": "0xa0011d1",
         "cpu_governor": "performance",
         "numa_nodes": "0: 0-3; 1: 4-7",
@@ -73,7 +73,7 @@ def test_a_node_tells_its_system_limits_and_cards(tmp_path: Path) -> None:
 def test_what_a_node_does_not_tell_is_listed_with_where_it_was_looked_for(tmp_path: Path) -> None:
     facts, missed = probe_node(Look(tmp_path))
     reasons = {one.probe: one.reason for one in missed}
-    assert "kernel_cmdline" not in facts and reasons["node.kernel_cmdline"] == "not told by /proc/cmdline"
+    assert "kernel_options" not in facts and reasons["node.kernel_options"] == "not told by /proc/cmdline"
     assert facts["cgroup_memory_bytes"] == facts["cgroup_cpus"] == "no limit"
 
 

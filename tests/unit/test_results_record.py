@@ -4,7 +4,7 @@ import subprocess
 import pytest
 
 from aifactory_train.errors import PlanError, RunFolderError
-from aifactory_train.results.provenance import git_sha, provenance
+from aifactory_train.results.provenance import diff_sha256, git_sha, provenance
 from aifactory_train.results.record import Result, build_result, quantile, read_metrics, write_result
 from aifactory_train.rundir import RunDir, write_atomic
 from results_run import ENTROPY_NATS, ORIGIN, a_plan, a_run, event, line, start
@@ -166,12 +166,19 @@ def test_the_commit_is_that_of_the_checkout_and_says_when_the_code_was_changed(t
     sha = git_sha(package)
     assert len(sha) == 40
     (tmp_path / "README.md").write_text("2\n")
-    assert git_sha(package) == sha
-    (package / "a.py").write_text("2\n")
-    assert git_sha(package) == f"{sha}+dirty"
+    assert git_sha(package) == sha and diff_sha256(package) is None
+    sums = []
+    for text in (b"2\n", b"3\xff\n", b"2\n"):
+        (package / "a.py").write_bytes(text)
+        assert git_sha(package) == f"{sha}+dirty"
+        sums.append(diff_sha256(package))
+    assert sums[0] == sums[2] != sums[1] and len(sums[0]) == 64
     git(tmp_path, "checkout", "--", "aifactory_train")
-    (package / "new.py").write_text("3\n")
-    assert git_sha(package) == f"{sha}+dirty"
+    for text in ("3\n", "4\n"):
+        (package / "new.py").write_text(text)
+        assert git_sha(package) == f"{sha}+dirty"
+        sums.append(diff_sha256(package))
+    assert len(set(sums)) == 4
 
 
 def test_an_installed_wheel_tells_the_commit_it_was_built_from_and_not_that_of_a_repository_around_it(tmp_path):
@@ -179,6 +186,6 @@ def test_an_installed_wheel_tells_the_commit_it_was_built_from_and_not_that_of_a
     package.mkdir(parents=True)
     git(tmp_path, "init")
     git(tmp_path, "commit", "--allow-empty", "-m", "not ours")
-    assert git_sha(package) is None
+    assert git_sha(package) is None and diff_sha256(package) is None
     (package / "_commit.txt").write_text("abc123\n")
     assert git_sha(package) == "abc123"
