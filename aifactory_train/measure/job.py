@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from aifactory_train.bench.record import Unavailable
-from aifactory_train.machine.probe_look import Look
+from aifactory_train.hostlist import expand
+from aifactory_train.machine.probe_look import Answer, Look
 from aifactory_train.machine.probe_slurm import parse_record
 
 # Of `scontrol show job`: key there -> key here. OverSubscribe=NO is a job that has its nodes for itself.
@@ -22,6 +23,7 @@ OF_SLURM = {
     "Reservation": "reservation",
     "QOS": "qos",
 }
+_OTHERS = "only the first node of a job asks Slurm"
 _IMAGES = ("APPTAINER_CONTAINER", "SINGULARITY_CONTAINER")
 # Global header of the Singularity Image Format (github.com/apptainer/sif, pkg/sif/sif.go): launch script, magic,
 # version, architecture, and then the id that each build of an image gets anew.
@@ -42,13 +44,20 @@ def probe_job(env: Mapping[str, str], look: Look) -> tuple[dict[str, Any], list[
         facts["container_id"] = read_sif_id(look, image)
         reasons["container_id"] = f"{image} is no SIF image that can be read from here"
     if "SLURM_JOB_ID" in env:
-        answer = look.run(["scontrol", "show", "job", env["SLURM_JOB_ID"], "-o"])
+        # Thousands of nodes that ask at once hold up the controller for everybody.
+        others = not _is_first_node(env)
+        answer = Answer("", _OTHERS) if others else look.run(["scontrol", "show", "job", env["SLURM_JOB_ID"], "-o"])
         told = parse_record(answer.text)
         asked = {ours: told[key] for key, ours in OF_SLURM.items() if told.get(key) not in (None, "", "(null)")}
         facts["asked"] = asked or None
         reasons["asked"] = answer.fault or "scontrol show job tells nothing of it"
     known = {key: value for key, value in facts.items() if value is not None}
     return known, [Unavailable(probe=f"job.{key}", reason=reasons[key]) for key in facts if key not in known]
+
+
+def _is_first_node(env: Mapping[str, str]) -> bool:
+    nodes = expand(env.get("SLURM_JOB_NODELIST", ""))
+    return not nodes or env.get("SLURMD_NODENAME") == nodes[0]
 
 
 def read_sif_id(look: Look, image: str) -> str | None:

@@ -33,6 +33,15 @@ def test_a_job_tells_the_build_of_its_container_and_what_it_asked_slurm_for(tmp_
     assert probe_job({}, a_look(tmp_path, JOB)) == ({}, [])
 
 
+@pytest.mark.parametrize(("node", "asks"), [("n1", True), ("n2", False), ("n4", False)])
+def test_only_the_first_node_of_a_job_asks_slurm(tmp_path: Path, node: str, asks: bool) -> None:
+    env = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-4]", "SLURMD_NODENAME": node}
+    facts, missed = probe_job(env, a_look(tmp_path, JOB))
+    assert ("asked" in facts) == asks and [m.reason for m in missed] == (
+        [] if asks else ["only the first node of a job asks Slurm"]
+    )
+
+
 def test_what_a_job_does_not_tell_is_listed_with_the_reason(tmp_path: Path) -> None:
     facts, (missed,) = probe_job({"SLURM_JOB_ID": "7"}, a_look(tmp_path, fault="scontrol is not there"))
     assert (facts, missed.probe, missed.reason) == ({}, "job.asked", "scontrol is not there")
