@@ -54,8 +54,9 @@ def main() -> None:
                 prepare(data)
             control.barrier(options.timeout_s)
             loader = Loader(load_prepared(data), data, 1, options.rows * control.size, control.rank, control.size)
-            for step_s in (0.0, options.step_s):
-                measure_loader(program, loader, step_s, describe_storage(folder))
+            storage = describe_storage(folder)
+            measure_loader(program, loader, 0.0, storage)
+            measure_loader(program, loader, options.step_s, storage)
 
 
 if __name__ == "__main__":

@@ -68,9 +68,11 @@ class BenchRecord(BaseModel):
 
     @property
     def doubt(self) -> str | None:
-        """Why the median may be far from what the device does: something else ran beside it. None: nothing says so."""
+        """Why the median may be far from what the device does: a busy or a sick one. None: nothing says so."""
         if self.protocol is not None and not self.protocol.get("steady", True):
             return "not steady"
+        if self.validity.get("throttled") or self.validity.get("device_errors"):
+            return "on a device that was slowed down or reported errors"
         low, high = (self.metric and self.metric.ci95) or (self.median, self.median)
         wide_frac = (high - low) / 2 / self.median if self.median else 0.0
         return f"known to within {format_fraction(wide_frac)}" if wide_frac > WIDE_FRAC else None

@@ -59,16 +59,19 @@ def git_sha(package_dir: Path) -> str | None:
 
 
 def diff_sha256(package_dir: Path) -> str | None:
-    """Sum over what the checkout has beyond its commit: the diff, and new files with their contents. None: nothing."""
+    """Sum over what the checkout has beyond its commit: the diff, and new files with their contents.
+
+    None where there is nothing of it, and where git does not tell.
+    """
     checkout = package_dir.parent
     if not (checkout / ".git").exists():
         return None
     changes = _git(checkout, "diff", "--binary", "--no-ext-diff", "HEAD", "--", *_CODE)
     new = _git(checkout, "ls-files", "--others", "--exclude-standard", "-z", "--", *_CODE)
-    if not changes and not new:
+    if changes is None or new is None or not changes + new:
         return None
-    digest = hashlib.sha256((changes or "").encode(errors="surrogateescape"))
-    for name in (new or "").split("\0"):
+    digest = hashlib.sha256(changes.encode(errors="surrogateescape"))
+    for name in new.split("\0"):
         if (checkout / name).is_file():
             digest.update(name.encode(errors="surrogateescape") + b"\0" + (checkout / name).read_bytes())
     return digest.hexdigest()

@@ -92,10 +92,11 @@ def test_steps_of_a_benchmark_count_as_a_run_of_their_plan(tmp_path):
     )
 
 
-def test_records_of_a_busy_node_are_left_out_where_a_quiet_one_measured_the_same(tmp_path):
+def test_records_of_a_busy_or_sick_node_are_left_out_where_a_sound_one_measured_the_same(tmp_path):
     restless = {"steady": False, "ci_reached": False}
     wide = {"metrics": [{"name": "aifactory_gemm_flops_per_second", "median": 8e14, "ci95": [7e14, 9e14]}]}
     records = [a_gemm(2e14), a_gemm(9e14, protocol=restless), a_gemm(8e14, **wide)]
+    records += [a_gemm(7e14, validity=sick) for sick in ({"throttled": True}, {"device_errors": ["rank 0: Xid 79"]})]
     [quiet] = load_observations(SITE, [write_records(tmp_path / "a", *records)])[0]
     assert quiet.measured.matmul_flops_per_s.bf16 == 2e14 and quiet.doubt is None
     elsewhere = a_gemm(9e14, protocol=restless, hosts=["n2"])
